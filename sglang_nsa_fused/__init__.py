@@ -1,0 +1,17 @@
+"""SGLang plugin: refreshes the sparse-attention metadata of speculative decoding in one kernel launch."""
+
+__version__ = "0.1.0"
+
+__all__ = ["ReplayPlan", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
+
+
+def __getattr__(name):  # lazy: sglang imports this package in every process, also where the plugin is off
+    if name == "ReplayPlan":
+        from sglang_nsa_fused.plan import ReplayPlan
+
+        return ReplayPlan
+    if name in __all__:
+        from sglang_nsa_fused import kernels
+
+        return getattr(kernels, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

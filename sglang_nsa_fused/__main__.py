@@ -1,0 +1,3 @@
+from sglang_nsa_fused.cli import main
+
+main(prog_name="sglang-nsa-fused")

@@ -1,0 +1,183 @@
+"""Upstream's real step backends without a model and without a server, for the demo, the tests and the benchmarks.
+
+Only what the metadata path reads is set on them; every method that runs is upstream's, or ours in its place.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import types
+import warnings
+from types import SimpleNamespace
+
+import torch
+
+from sglang_nsa_fused.releases import Release
+
+
+def import_upstream(release: Release, device: str) -> types.ModuleType:
+    """Imports the release's backend module, on a machine without a GPU too."""
+    if device == "cpu":
+        # torchvision registers shape functions for operators that a CPU-only installation may lack; none is called.
+        sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+        # Upstream's fused copy is CUDA only; without it the backend falls back to its own tensor by tensor copies.
+        os.environ["SGLANG_USE_FUSED_METADATA_COPY"] = "0"
+        sys.modules["sglang.jit_kernel.fused_metadata_copy"] = None
+    with warnings.catch_warnings():
+        if device == "cpu":
+            warnings.simplefilter("ignore")  # of what needs a GPU
+        return importlib.import_module(release.module)
+
+
+def step_backend(cls: type, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int, flashmla: bool):
+    """A step backend of this class, made without its constructor, which needs a model.
+
+    req_to_token: int32 [slots, columns]. flashmla: whether captured metadata holds FlashMLA's tile metadata.
+    """
+    backend = object.__new__(cls)
+    impl = "flashmla_kv" if flashmla else "flashmla_sparse"
+    attributes = dict(
+        device=device,
+        real_page_size=64,
+        req_to_token=req_to_token,
+        max_context_len=req_to_token.shape[1],
+        speculative_num_draft_tokens=draft_tokens,
+        nsa_index_topk=2048,
+        nsa_decode_impl=impl,
+        nsa_prefill_impl=impl,
+        nsa_kv_cache_store_fp8=flashmla,
+        enable_auto_select_prefill_impl=False,
+        num_q_heads=128,
+        flashmla_kv_num_q_heads=128,
+        use_mha=False,
+        _force_attn_forward_mla=False,
+        _arange_buf=torch.arange(16384, dtype=torch.int32, device=device),
+    )
+    for name, value in attributes.items():
+        setattr(backend, name, value)
+    if flashmla and device == "cpu":
+        backend._compute_flashmla_metadata = _tile_metadata_on_cpu(importlib.import_module(release.module))
+    return backend
+
+
+def _tile_metadata_on_cpu(module):
+    """FlashMLA's planner runs on a GPU only; here numbers of its shapes that depend on the lengths."""
+
+    def compute(cache_seqlens: torch.Tensor, seq_len_q: int):
+        tiles = (torch.arange(132 * 8, dtype=torch.int32).view(132, 8) + 1) * (1 + cache_seqlens.sum().to(torch.int32))
+        splits = torch.nn.functional.pad(torch.cumsum(cache_seqlens // 64 + 1, 0, dtype=torch.int32), (1, 0))
+        return module.NSAFlashMLAMetadata(flashmla_metadata=tiles, num_splits=splits)
+
+    return compute
+
+
+def multi_step_backend(
+    classes: tuple[type, type],
+    release: Release,
+    device: str,
+    req_to_token: torch.Tensor,
+    draft_steps: int,
+    capture_bs: list[int],
+    flashmla: bool = False,
+):
+    """A multi-step backend of `draft_steps` - 1 step backends with metadata captured for each batch size.
+
+    Its `seq_lens` is the graph runner's buffer, int32 [max(capture_bs)], which upstream's captured metadata shares.
+    """
+    backend_cls, multi_step_cls = classes
+    multi = object.__new__(multi_step_cls)
+    multi.topk = 1
+    multi.speculative_num_steps = draft_steps
+    multi.attn_backends = [
+        step_backend(backend_cls, release, device, req_to_token, draft_steps + 1, flashmla)
+        for _ in range(draft_steps - 1)
+    ]
+    largest = max(capture_bs)
+    multi.init_cuda_graph_state(largest, largest)
+    multi.seq_lens = torch.ones(largest, dtype=torch.int32, device=device)
+    multi.req_pool_indices = torch.zeros(largest, dtype=torch.int64, device=device)
+    for bs in sorted(capture_bs, reverse=True):
+        multi.init_forward_metadata_capture_cuda_graph(
+            SimpleNamespace(
+                batch_size=bs, req_pool_indices=multi.req_pool_indices[:bs], seq_lens=multi.seq_lens[:bs], spec_info=None
+            )
+        )
+    return multi
+
+
+def forward_batch(multi, slots: list[int], lengths: list[int], bs: int) -> SimpleNamespace:
+    """The batch as upstream's draft graph runner hands it over: padded to bs with length 1 in slot 0 where needed."""
+    device, raw = multi.seq_lens.device, len(slots)
+    seq_lens = torch.tensor(lengths, dtype=torch.int64, device=device)
+    req_pool_indices = torch.tensor(slots, dtype=torch.int64, device=device)
+    padded = lengths + [1] * (bs - raw)
+    if bs != raw:
+        multi.seq_lens.fill_(1)
+        multi.req_pool_indices.zero_()
+    multi.seq_lens[:raw].copy_(seq_lens)
+    multi.req_pool_indices[:raw].copy_(req_pool_indices)
+    if bs != raw:
+        seq_lens, req_pool_indices = multi.seq_lens[:bs], multi.req_pool_indices[:bs]
+    return SimpleNamespace(
+        batch_size=bs,
+        req_pool_indices=req_pool_indices,
+        seq_lens=seq_lens,
+        seq_lens_cpu=torch.tensor(padded, dtype=torch.int32),
+        seq_lens_sum=sum(padded),
+        spec_info=None,
+    )
+
+
+def replay(multi, batch: SimpleNamespace) -> None:
+    """One replay. Upstream prints on every fallback, which on a CPU is each call: that stays unseen."""
+    quiet = contextlib.redirect_stdout(io.StringIO()) if multi.seq_lens.device.type == "cpu" else contextlib.nullcontext()
+    with quiet:
+        multi.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+
+
+def requests(steps: int, most: int, longest: int, seed: int = 0):
+    """Yields (slots, lengths) step by step: requests join, grow by accepted tokens, and leave.
+
+    Slots run from 1 (0 is for padding) to 2 * most; lengths stay from 1 to `longest`.
+    """
+    import random
+
+    draw = random.Random(seed)
+    running: dict[int, int] = {}
+    for _ in range(steps):
+        for slot in [slot for slot in running if draw.random() < 0.1]:
+            del running[slot]
+        for slot in running:
+            running[slot] = min(longest, running[slot] + draw.randint(1, 5))
+        while len(running) < most and (not running or draw.random() < 0.4):
+            slot = draw.choice([slot for slot in range(1, 2 * most + 1) if slot not in running])
+            running[slot] = draw.choice([1, 63, 64, 65, 2047, 2048, 2049, draw.randint(1, longest)]) % longest + 1
+        yield list(running), list(running.values())
+
+
+def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the captured graph reads, by name: whole vectors, and the live prefix of each row of the tables.
+
+    lengths: int [rows], the live tokens of each row.
+    """
+    found = {}
+    for name in (
+        "cache_seqlens_int32",
+        "cu_seqlens_k",
+        "nsa_cache_seqlens_int32",
+        "nsa_seqlens_expanded",
+        "nsa_cu_seqlens_k",
+        "paged_mqa_schedule_metadata",
+    ):
+        if getattr(metadata, name) is not None:
+            found[name] = getattr(metadata, name).clone()
+    for name, page in (("page_table_1", 1), ("real_page_table", 64)):
+        table = getattr(metadata, name)
+        live = torch.arange(table.shape[1], device=table.device) < ((lengths.view(-1, 1) + page - 1) // page)
+        found[name] = torch.where(live, table[: len(lengths)], -1)
+    if metadata.flashmla_metadata is not None:
+        found["flashmla_num_splits"] = metadata.flashmla_metadata.num_splits.clone()
+        found["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata.clone()
+    return found

@@ -1,0 +1,52 @@
+"""Command line: doctor, demo."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+main = app
+
+
+@app.callback()
+def _sglang_nsa_fused() -> None:
+    """SGLang plugin: refreshes the sparse-attention metadata of speculative decoding in one kernel launch."""
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Check whether the plugin would be active here; exit status 0 only if it would."""
+    from sglang_nsa_fused.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps({finding.check: {"ok": finding.ok, "detail": finding.detail} for finding in findings}, indent=1))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        for finding in findings:
+            state = "[green]ok    [/]" if finding.ok else "[red]FAILED[/]"
+            console.print(f"{state} {finding.check:<14}", end=" ")
+            console.print(finding.detail, markup=False)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Speculative steps to replay.")] = 200,
+    draft_steps: Annotated[int, typer.Option(min=2, max=17, help="--speculative-num-steps of the server.")] = 4,
+    requests: Annotated[int, typer.Option(min=1, max=256, help="Most requests at a time.")] = 8,
+    longest: Annotated[int, typer.Option(min=1, max=1 << 20, help="Longest request, in tokens.")] = 8192,
+    flashmla: Annotated[bool, typer.Option(help="With FlashMLA's tile metadata, as for an fp8 cache.")] = False,
+) -> None:
+    """Replay a draft loop on sglang's real classes, plugin off and on, without a model; compare and time both."""
+    from sglang_nsa_fused.demo import run
+    from sglang_nsa_fused.plugin import Unsupported
+
+    console = Console()
+    try:
+        raise typer.Exit(run(steps, draft_steps, requests, longest, flashmla, console))
+    except Unsupported as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error

@@ -1,0 +1,124 @@
+"""Whether the plugin would be active in this environment, check by check."""
+
+import sys
+from importlib import metadata
+from typing import Callable, NamedTuple
+
+from sglang_nsa_fused import bare, kernels, plugin
+from sglang_nsa_fused.settings import ALLOWLIST, GATE, Settings
+
+GROUP, NAME = "sglang.srt.plugins", "nsa_fused"
+
+
+class Finding(NamedTuple):
+    check: str
+    ok: bool
+    detail: str  # what was found, or what to do
+
+
+def examine() -> list[Finding]:
+    """Every check in turn; one that fails does not keep the next from running."""
+    return [Finding(name, *_outcome(check)) for name, check in _CHECKS]
+
+
+def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, check()
+    except Exception as error:  # each check raises what to do; anything else is a finding too
+        expected = isinstance(error, (plugin.Unsupported, RuntimeError, ValueError))
+        return False, str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _python() -> str:
+    if sys.version_info < (3, 10):
+        raise plugin.Unsupported(f"{sys.version.split()[0]}; use Python 3.10 or newer")
+    return sys.version.split()[0]
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+
+
+def _tvm_ffi() -> str:
+    version = metadata.version("apache-tvm-ffi")
+    if not (0, 1, 9) <= tuple(int(part) for part in version.split(".")[:3]) < (0, 2):
+        raise plugin.Unsupported(f"{version}; pip install 'apache-tvm-ffi>=0.1.9,<0.2'")
+    return version
+
+
+def _sglang() -> str:
+    return f"{plugin.find_release()[1]} is supported"
+
+
+def _entry_point() -> str:
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name == NAME:
+            return f"{entry.name} -> {entry.value}"
+    raise plugin.Unsupported(f"{NAME} is not among the entry points of {GROUP}; pip install sglang-nsa-fused")
+
+
+def _allowlist() -> str:
+    allowed = Settings.from_env().allowlist
+    if allowed is None:
+        return f"{ALLOWLIST} is unset: all plugins load"
+    if NAME not in allowed:
+        raise plugin.Unsupported(f"{ALLOWLIST}={','.join(allowed)} leaves {NAME} out; add it")
+    return f"{ALLOWLIST} names {NAME}"
+
+
+def _gate() -> str:
+    if not Settings.from_env().enabled:
+        raise plugin.Unsupported(f"not set; export {GATE}=1")
+    return f"{GATE} is set"
+
+
+def _library() -> str:
+    archs = kernels.cuda_archs()
+    if not archs:
+        raise plugin.Unsupported("built without CUDA; install nvcc 12.4 or newer and reinstall sglang-nsa-fused")
+    return f"CUDA for {', '.join(archs)}"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise plugin.Unsupported("torch sees no GPU; check the driver with nvidia-smi")
+    engine = kernels.select("cuda")
+    if engine.name == "reference":
+        raise plugin.Unsupported(f"no kernel works on {torch.cuda.get_device_name()}: {engine.reason}")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, driver {_driver()}, {engine.name} kernel passes its self-check"
+
+
+def _driver() -> str:
+    import ctypes
+
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _upstream() -> str:
+    import torch
+
+    release, _ = plugin.find_release()
+    bare.import_upstream(release, "cuda" if torch.cuda.is_available() else "cpu")
+    plugin.import_backend(release)
+    return f"{len(release.signatures)} names of {release.module} are as expected"
+
+
+_CHECKS: list[tuple[str, Callable[[], str]]] = [
+    ("Python", _python),
+    ("torch", _torch),
+    ("tvm-ffi", _tvm_ffi),
+    ("sglang", _sglang),
+    ("entry point", _entry_point),
+    ("allowlist", _allowlist),
+    ("gate", _gate),
+    ("library", _library),
+    ("GPU", _gpu),
+    ("upstream names", _upstream),
+]

@@ -1,0 +1,165 @@
+"""Finds and loads the native library; thin typed functions over it. Nothing else knows tvm-ffi."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
+
+import torch
+
+from sglang_nsa_fused import reference
+
+
+class Engine(NamedTuple):
+    """What carries out a copy, chosen once per device type."""
+
+    name: str  # "native", "sgl_kernel" or "reference"
+    copy_plan: Callable  # (mode, destinations) -> function of 10 sources, bs, max_len, max_seqlen_k, expanded size
+    reason: str = ""  # why nothing better was chosen
+
+
+@functools.lru_cache(None)
+def library():
+    """The native library. Raises RuntimeError, saying why and what to do, where it cannot be loaded."""
+    try:
+        import tvm_ffi.libinfo
+
+        return tvm_ffi.libinfo.load_lib_module("sglang-nsa-fused", "nsa_fused")
+    except Exception as error:  # a missing package, a missing file or a loader's error: all end in the same message
+        raise RuntimeError(
+            f"the native library cannot be loaded ({type(error).__name__}: {error}); reinstall sglang-nsa-fused"
+        ) from error
+
+
+def cuda_archs() -> list[str]:
+    """GPU architectures compiled into the native library, such as sm_90; empty for a CPU build."""
+    return str(library().cuda_archs()).split()
+
+
+def fused_metadata_copy_cuda(
+    cache_seqlens_src: torch.Tensor,
+    cu_seqlens_k_src: torch.Tensor,
+    page_indices_src: torch.Tensor,
+    nsa_cache_seqlens_src: torch.Tensor,
+    seqlens_expanded_src: Optional[torch.Tensor],
+    nsa_cu_seqlens_k_src: torch.Tensor,
+    real_page_table_src: Optional[torch.Tensor],
+    flashmla_num_splits_src: Optional[torch.Tensor],
+    flashmla_metadata_src: Optional[torch.Tensor],
+    cache_seqlens_dst: torch.Tensor,
+    cu_seqlens_k_dst: torch.Tensor,
+    page_table_1_dst: torch.Tensor,
+    nsa_cache_seqlens_dst: torch.Tensor,
+    seqlens_expanded_dst: Optional[torch.Tensor],
+    nsa_cu_seqlens_k_dst: torch.Tensor,
+    real_page_table_dst: Optional[torch.Tensor],
+    flashmla_num_splits_dst: Optional[torch.Tensor],
+    flashmla_metadata_dst: Optional[torch.Tensor],
+    forward_mode: int,
+    bs: int,
+    max_len: int,
+    max_seqlen_k: int,
+    seqlens_expanded_size: int,
+) -> None:
+    """Copies precomputed metadata to one step backend in one launch, as sglang's function of this name.
+
+    All tensors are int32, on one CUDA device (or all on the CPU), with last stride 1; n is bs in decode and
+    seqlens_expanded_size otherwise. Sources and destinations, in this order: cache_seqlens [bs],
+    cu_seqlens_k [bs + 1] of which element 0 is not written, page table [rows, columns], nsa_cache_seqlens [n],
+    seqlens_expanded [n] (not in decode), nsa_cu_seqlens_k [n + 1] of which element 0 is not written,
+    real_page_table [rows, pages], flashmla_num_splits [n + 1], flashmla_metadata (whole). Destinations may be larger.
+
+    forward_mode: 0 decode, 1 target verify, 2 draft extend. max_len: columns in decode; max_seqlen_k: in the others.
+    Runs on torch's current stream and can be captured. Raises TypeError or ValueError before anything is written.
+    """
+    library().fused_metadata_copy(
+        cache_seqlens_src,
+        cu_seqlens_k_src,
+        page_indices_src,
+        nsa_cache_seqlens_src,
+        seqlens_expanded_src,
+        nsa_cu_seqlens_k_src,
+        real_page_table_src,
+        flashmla_num_splits_src,
+        flashmla_metadata_src,
+        cache_seqlens_dst,
+        cu_seqlens_k_dst,
+        page_table_1_dst,
+        nsa_cache_seqlens_dst,
+        seqlens_expanded_dst,
+        nsa_cu_seqlens_k_dst,
+        real_page_table_dst,
+        flashmla_num_splits_dst,
+        flashmla_metadata_dst,
+        forward_mode,
+        bs,
+        max_len,
+        max_seqlen_k,
+        seqlens_expanded_size,
+    )
+
+
+def fused_metadata_copy_multi_cuda(*args) -> None:
+    """Copies precomputed decode metadata to three step backends in one launch, as sglang's function of this name.
+
+    35 positional arguments: 8 sources, 3 x 8 destinations (those of `fused_metadata_copy_cuda` without
+    seqlens_expanded), bs, max_len, seqlens_expanded_size. A tensor that several destinations share is written once.
+    Raises as `fused_metadata_copy_cuda`.
+    """
+    library().fused_metadata_copy_multi(*args)
+
+
+def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
+    return library().copy_plan(mode, *(tensor for destination in destinations for tensor in destination))
+
+
+def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
+    from sgl_kernel import fused_metadata_copy_cuda as copy_one
+
+    def replay(*args):
+        *sources, schedule = args[:10]
+        for *destination, schedule_dst in destinations:
+            copy_one(*sources, *destination, mode, *args[10:])
+            if schedule is not None:
+                schedule_dst.copy_(schedule)
+
+    return replay
+
+
+@functools.lru_cache(None)
+def select(device_type: str) -> Engine:
+    """The best engine that works on this device type ("cuda" or "cpu"): each is tried once, against the reference."""
+    candidates = [("native", _native_plan)]
+    if device_type == "cuda":
+        candidates.append(("sgl_kernel", _sgl_kernel_plan))
+    reasons = []
+    for name, copy_plan in candidates:
+        try:
+            _self_check(copy_plan, device_type)
+        except Exception as error:  # the reason is handed on: the caller warns, or ends the process
+            reasons.append(f"{name}: {error}")
+        else:
+            return Engine(name, copy_plan, "; ".join(reasons))
+    return Engine("reference", reference.copy_plan, "; ".join(reasons))
+
+
+def _self_check(copy_plan: Callable, device_type: str) -> None:
+    bs, columns, width = 3, 131, 150
+
+    def tensors(fill):
+        shapes = [bs, bs + 1, (bs, width), bs, bs, bs + 1, (bs, 4), bs + 1, (2, 8), (5, 2)]
+        return [fill(shape) for shape in shapes]
+
+    def numbers(shape):
+        return torch.randint(1, 1 << 30, shape if isinstance(shape, tuple) else (shape,), dtype=torch.int32).to(device_type)
+
+    def poison(shape):
+        return torch.full(shape if isinstance(shape, tuple) else (shape,), -7, dtype=torch.int32, device=device_type)
+
+    sources = tensors(numbers)
+    got, expected = [tensors(poison), tensors(poison)], [tensors(poison), tensors(poison)]
+    sizes = (bs, columns, columns, bs)
+    copy_plan(reference.DECODE, got)(*sources, *sizes)
+    reference.copy(reference.DECODE, sources, expected, *sizes)
+    for mine, right in zip(got, expected):
+        if not all(torch.equal(a, b) for a, b in zip(mine, right)):
+            raise RuntimeError("its self-check does not match the reference copy")

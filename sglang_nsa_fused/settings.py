@@ -1,0 +1,37 @@
+"""Every environment variable that the plugin reads."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GATE = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
+GATE_DSA = "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA"  # its name from sglang 0.5.13 on
+REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
+ALLOWLIST = "SGLANG_PLUGINS"
+
+_TRUE = ("true", "1", "yes", "y")  # as sglang's EnvBool
+_FALSE = ("false", "0", "no", "n", "")
+
+
+@dataclass(frozen=True)
+class Settings:
+    enabled: bool  # either name of the gate is set to a true value
+    required: bool  # what would be a warning ends the process
+    allowlist: tuple[str, ...] | None  # the only plugins that sglang loads; None: all
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+        """Raises ValueError, naming the variable, for a value that is neither true nor false."""
+        names = tuple(name.strip() for name in env.get(ALLOWLIST, "").split(",") if name.strip())
+        return cls(
+            enabled=any([_flag(env, GATE), _flag(env, GATE_DSA)]),
+            required=_flag(env, REQUIRED),
+            allowlist=names or None,
+        )
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name, "").lower()
+    if value not in _TRUE + _FALSE:
+        raise ValueError(f"{name}: expected one of {', '.join(_TRUE)} or {', '.join(_FALSE[:-1])}, got {value!r}")
+    return value in _TRUE
