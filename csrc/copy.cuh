@@ -7,57 +7,52 @@
 
 namespace nsa_fused {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kTileCols / 4;
+constexpr int kLine = 32;  // elements in a 128-byte line
 
-// Reads a span once and writes it to every destination; all threads of the block, each with kPerThread loads in flight.
-template <typename Vec, int kPerThread>
-__device__ __forceinline__ void copy_span(const int32_t* src, int32_t* const* dst, const int64_t* dst_pitch,
-                                          int num_dst, int64_t row, int64_t col, int count) {
-  Vec value[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int at = threadIdx.x + i * kThreads;
-    if (at < count) value[i] = reinterpret_cast<const Vec*>(src)[at];
-  }
-  for (int d = 0; d < num_dst; ++d) {
-    Vec* out = reinterpret_cast<Vec*>(dst[d] + row * dst_pitch[d] + col);
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int at = threadIdx.x + i * kThreads;
-      if (at < count) out[at] = value[i];
-    }
+__device__ __forceinline__ bool is_aligned(const int32_t* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(int4) == 0; }
+
+__device__ __forceinline__ int4 load4(const int32_t* p) {
+  return is_aligned(p) ? *reinterpret_cast<const int4*>(p) : make_int4(p[0], p[1], p[2], p[3]);
+}
+
+__device__ __forceinline__ void store4(int32_t* p, int4 v) {
+  if (is_aligned(p)) {
+    *reinterpret_cast<int4*>(p) = v;
+  } else {
+    p[0] = v.x, p[1] = v.y, p[2] = v.z, p[3] = v.w;
   }
 }
 
-// One block per tile of kTileCols columns of one row of one field.
+// One block per tile of one row of one field: read once, written to every destination.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ CopyParams<kCapacity> p) {
   int f = 0, first_tile = 0;
   while (static_cast<int>(blockIdx.x) >= p.field[f].end_tile) first_tile = p.field[f++].end_tile;
   const CopyField& field = p.field[f];
-  const int tile = blockIdx.x - first_tile;
-  const int64_t row = tile / field.tiles_per_row;
-  const int64_t col = static_cast<int64_t>(tile % field.tiles_per_row) * kTileCols;
-  const int count = static_cast<int>(min(field.cols - col, static_cast<int64_t>(kTileCols)));
-  const int32_t* src = field.src + row * field.src_pitch + col;
+  const int row = (blockIdx.x - first_tile) / field.tiles_per_row;
+  const int tile = (blockIdx.x - first_tile) % field.tiles_per_row;
+  const int32_t* src = field.src + row * field.src_pitch;
+  const auto dst = [&](int d) { return p.dst[f][d] + row * p.dst_pitch[f][d]; };
 
-  // Pitches are multiples of 4 bytes only, so rows differ: 16-byte accesses where this row of the source and of every
-  // destination stand alike, with up to three 4-byte ones at either edge.
-  const auto address = reinterpret_cast<uintptr_t>(src);
-  uintptr_t apart = 0;
-  for (int d = 0; d < field.num_dst; ++d)
-    apart |= address ^ reinterpret_cast<uintptr_t>(p.dst[f][d] + row * p.dst_pitch[f][d] + col);
-  if (apart % 16 == 0) {
-    const int head = min(count, static_cast<int>((16 - address % 16) % 16 / 4));
-    const int vectors = (count - head) / 4;
-    const int tail = head + vectors * 4;
-    copy_span<int4, kTileCols / 4 / kThreads>(src + head, p.dst[f], p.dst_pitch[f], field.num_dst, row, col + head,
-                                              vectors);
-    if (head) copy_span<int32_t, 1>(src, p.dst[f], p.dst_pitch[f], field.num_dst, row, col, head);
-    if (tail < count)
-      copy_span<int32_t, 1>(src + tail, p.dst[f], p.dst_pitch[f], field.num_dst, row, col + tail, count - tail);
-  } else {
-    copy_span<int32_t, kTileCols / kThreads>(src, p.dst[f], p.dst_pitch[f], field.num_dst, row, col, count);
+  // Tiles begin on a line of the first destination, since a line written in part costs L2 a merge, and one read in
+  // part does not. Step backends have equal pitches, so the others mostly stand alike. Tile 0 takes the head as well.
+  const int head = (kLine - reinterpret_cast<uintptr_t>(dst(0)) / sizeof(int32_t) % kLine) % kLine;
+  const int64_t begin = head + static_cast<int64_t>(tile) * kTileCols;
+  const int count = static_cast<int>(min(max(field.cols - begin, int64_t{0}), int64_t{kTileCols}));
+  const int thread = threadIdx.x;
+
+  if (thread < count / 4) {
+    const int64_t col = begin + thread * 4;
+    const int4 value = load4(src + col);
+    for (int d = 0; d < field.num_dst; ++d) store4(dst(d) + col, value);
+  }
+  int64_t col = -1;  // of the head, for the first threads, or of the up to three elements behind the last four
+  if (tile == 0 && thread < min(int64_t{head}, field.cols)) col = thread;
+  if (thread >= kLine && thread - kLine < count % 4) col = begin + count / 4 * 4 + thread - kLine;
+  if (col >= 0) {
+    const int32_t value = src[col];
+    for (int d = 0; d < field.num_dst; ++d) dst(d)[col] = value;
   }
 }
 

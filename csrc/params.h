@@ -6,7 +6,7 @@
 namespace nsa_fused {
 
 constexpr int kMaxDestinations = 16;
-constexpr int kTileCols = 2048;  // what one block copies: 8 KiB of one row
+constexpr int kTileCols = 1024;  // what one block copies: 16 bytes for each of its threads
 
 enum class Mode { kDecode = 0, kTargetVerify = 1, kDraftExtend = 2 };
 

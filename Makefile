@@ -1,0 +1,33 @@
+# make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
+# make test  the tests; those that need a GPU are skipped without one
+# Both set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py)
+HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
+
+.PHONY: run test clean
+run: $(VENV)/plugin
+	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
+
+test: $(VENV)/plugin
+	$(VENV)/bin/pytest $(ARGS)
+
+$(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
+	@echo "== packages, about two minutes the first time"
+	$(PYTHON) -m venv $(if $(call HAS,torch),--system-site-packages) $(VENV)
+	grep -vE '$(if $(call HAS,torch),^(torch|triton|numpy)==,^$$)' requirements-test.txt >$@.txt
+	$(VENV)/bin/pip install -r $@.txt
+	grep -vE '$(if $(call HAS,torch),^torchvision==,^$$)$(if $(call HAS,sglang),|^(sglang|xgrammar)==)' requirements-test-nodeps.txt >$@.txt
+	$(VENV)/bin/pip install --no-deps -r $@.txt
+	touch $@
+
+$(VENV)/plugin: $(VENV)/packages $(SOURCES)
+	@echo "== plugin, about a minute the first time"
+	$(VENV)/bin/pip install --no-deps --force-reinstall .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

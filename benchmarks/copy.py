@@ -1,0 +1,164 @@
+"""The copy alone: ours against individual copies and against upstream's fused kernel, interleaved in one run."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Callable, Optional
+
+import record
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sglang_nsa_fused import ReplayPlan, reference
+
+WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens
+
+
+class Workload:
+    """One source set as upstream precomputes it, and the captured destinations of num_dst step backends."""
+
+    def __init__(self, num_dst: int, bs: int, columns: int, flashmla: bool):
+        self.num_dst, self.bs, self.columns = num_dst, bs, columns
+        pages = (columns + 63) // 64
+
+        def numbers(*shape):
+            return torch.randint(1, 1 << 30, shape, dtype=torch.int32, device="cuda")
+
+        def captured():
+            return (
+                numbers(bs), numbers(bs + 1), numbers(bs, WIDTH), numbers(bs), None, numbers(bs + 1),
+                numbers(bs, (WIDTH + 63) // 64),
+                *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
+            )  # fmt: skip
+
+        self.sources = (
+            numbers(bs), numbers(bs + 1), numbers(bs, columns), numbers(bs), None, numbers(bs + 1), numbers(bs, pages),
+            *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
+        )  # fmt: skip
+        self.destinations = [captured() for _ in range(num_dst)]
+        self.sizes = (bs, columns, columns, bs)
+        # Read once, written once for each destination; element 0 of cumulative lengths does not move.
+        elements = sum(t.numel() for t in self.sources if t is not None) - 2
+        self.bytes = 4 * elements * (1 + num_dst)
+
+    def ours(self) -> Callable[[], None]:
+        plan = ReplayPlan(reference.DECODE, [(*destination, None) for destination in self.destinations])
+        sources = (*self.sources, None)
+        return lambda: plan.copy(*sources, *self.sizes)
+
+    def copies(self) -> Callable[[], None]:
+        sources = (*self.sources, None)
+        destinations = [(*destination, None) for destination in self.destinations]
+        return lambda: reference.copy(reference.DECODE, sources, destinations, *self.sizes)
+
+    def jit(self) -> Callable[[], None]:
+        """As upstream calls it: three at a time where there are three, the rest one by one."""
+        from sglang.jit_kernel.fused_metadata_copy import fused_metadata_copy_cuda, fused_metadata_copy_multi_cuda
+
+        bs, columns, _, size = self.sizes
+
+        def without_expanded(tensors):
+            return (*tensors[:4], *tensors[5:])
+
+        multi = without_expanded(self.sources)
+        for destination in self.destinations[:3]:
+            multi += without_expanded(destination)
+        rest = self.destinations[3 if self.num_dst >= 3 else 0 :]
+
+        def run():
+            if self.num_dst >= 3:
+                fused_metadata_copy_multi_cuda(*multi, bs, columns, size)
+            for destination in rest:
+                fused_metadata_copy_cuda(*self.sources, *destination, reference.DECODE, *self.sizes)
+
+        return run
+
+
+def host_us(run: Callable, calls: int = 40) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter_ns() - start) / calls / 1e3
+
+
+def gpu_us(run: Callable, calls: int) -> float:
+    """Behind a backlog, so that the GPU never waits for the host."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000 + 400_000 * calls)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls * 1e3
+
+
+def launches(run: Callable) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
+
+
+def copy_rate() -> float:
+    """Bytes per microsecond of the device-to-device copy, counting bytes read and written."""
+    source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    times = [gpu_us(lambda: target.copy_(source), 4) for _ in range(10)]
+    return 2 * 4 * source.numel() / statistics.median(times)
+
+
+def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """metric -> side -> samples; the sides in turn, in a new order each time."""
+    sides = {"ours": workload.ours(), "copies": workload.copies(), "jit": workload.jit()}
+    for run in sides.values():
+        run()
+    calls = 4 if workload.bytes > 100_000_000 else 20
+    found = {metric: {side: [] for side in sides} for metric in ("host_us", "gpu_us")}
+    order = list(sides)
+    for _ in range(repeats):
+        order.append(order.pop(0))
+        for side in order:
+            found["host_us"][side].append(host_us(sides[side]))
+            found["gpu_us"][side].append(gpu_us(sides[side], calls))
+    found["launches"] = {side: [launches(run)] for side, run in sides.items()}
+    return found
+
+
+def main(
+    num_dst: Annotated[list[int], typer.Option(help="Numbers of destinations.")] = [1, 2, 3, 4, 7],
+    bs: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 4, 16, 64, 256],
+    columns: Annotated[list[int], typer.Option(help="Columns of the page table that move.")] = [512, 4096, 32768, 163840],
+    repeats: Annotated[int, typer.Option(help="Rounds; medians are taken over them.")] = 15,
+    out: Annotated[Optional[Path], typer.Option(help="Result file.")] = None,
+    commit: Annotated[Optional[str], typer.Option(help="Project commit measured; from git unless given.")] = None,
+) -> None:
+    cases, console = [], Console(width=120)
+    rate = copy_rate()
+    grid = [(n, b, c, f) for f in (False, True) for n in num_dst for b in bs for c in columns]
+    table = Table("case", "host us: copies, jit, ours", "GPU us: copies, jit, ours", "% of copy rate")
+    for n, b, c, flashmla in track(grid, console=console, transient=True):
+        workload = Workload(n, b, c, flashmla)
+        found = measure(workload, repeats)
+        name = f"d{n}-bs{b}-len{c}" + ("-flashmla" if flashmla else "")
+        share = workload.bytes / statistics.median(found["gpu_us"]["ours"]) / rate
+        for opponent in ("copies", "jit"):
+            for metric, sides in found.items():
+                upstream, ours = statistics.median(sides[opponent]), statistics.median(sides["ours"])
+                more = {"share_of_copy_rate": round(share, 3)} if metric == "gpu_us" else {}
+                cases.append(record.case(f"vs-{opponent}-{name}", metric, upstream, ours, len(sides["ours"]), **more))
+        row = [", ".join(f"{statistics.median(found[m][s]):.1f}" for s in ("copies", "jit", "ours")) for m in ("host_us", "gpu_us")]
+        table.add_row(name, *row, f"{share:.0%}")
+        del workload
+    console.print(table)
+    path = out or record.default_path("copy")
+    record.write(path, "copy", cases, commit or record.commit(), copy_rate_gb_per_s=round(rate / 1e3))
+    console.print(f"device-to-device copy {rate / 1e3:.0f} GB/s; wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

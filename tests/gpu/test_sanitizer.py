@@ -1,0 +1,42 @@
+"""compute-sanitizer over copies of odd sizes; a missing tool is a failure."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+from cases import make
+from sglang_nsa_fused import ReplayPlan, kernels
+import torch
+assert kernels.select("cuda").name == "native"
+for mode in (0, 1, 2):
+    for bs, columns, width in ((1, 1, 1), (3, 65, 66), (7, 2049, 2053), (63, 129, 131)):
+        for num_dst in (1, 3, 5):
+            case = make("cuda", mode, bs=bs, columns=columns, width=width, num_dst=num_dst, flashmla=True, schedule=True)
+            expected = case.expected()
+            ReplayPlan(mode, case.destinations).copy(*case.sources, *case.sizes)
+            case.check(expected)
+torch.cuda.synchronize()
+print("checked")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_clean(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    assert Path(sanitizer).exists(), "compute-sanitizer is missing; install the CUDA toolkit's"
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", CODE],
+        env={**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0 and "checked" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in result.stdout or "0 hazards" in result.stdout, result.stdout[-2000:]

@@ -1,0 +1,23 @@
+import pytest
+
+from sglang_nsa_fused.settings import GATE, GATE_DSA, REQUIRED, Settings
+
+
+@pytest.mark.parametrize("name", [GATE, GATE_DSA])
+@pytest.mark.parametrize("value, enabled", [("1", True), ("true", True), ("YES", True), ("0", False), ("False", False), ("", False)])
+def test_gate(name, value, enabled):
+    assert Settings.from_env({name: value}).enabled is enabled
+
+
+def test_unset_is_off():
+    assert Settings.from_env({}) == Settings(enabled=False, required=False, allowlist=None)
+
+
+def test_required_and_allowlist():
+    assert Settings.from_env({REQUIRED: "1", "SGLANG_PLUGINS": "a, nsa_fused,"}) == Settings(False, True, ("a", "nsa_fused"))
+
+
+@pytest.mark.parametrize("name", [GATE, GATE_DSA, REQUIRED])
+def test_neither_true_nor_false(name):
+    with pytest.raises(ValueError, match=f"{name}: expected one of true, .*got 'maybe'"):
+        Settings.from_env({name: "maybe"})
