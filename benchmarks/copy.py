@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sglang_nsa_fused import ReplayPlan, reference
+from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
+from sglang_nsa_fused.settings import Settings
 
 WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens
 
@@ -129,6 +130,51 @@ def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]
     return found
 
 
+def copy_part(draft_steps: int, bs: int, columns: int, flashmla: bool, schedule: bool) -> dict[str, Callable]:
+    """The draft replay of upstream's multi-step class and of ours, after a precomputation that both are handed ready.
+
+    schedule: off leaves out what upstream's three-way path forgets, so that both do the same work.
+    """
+    release, version = plugin.find_release()
+    module = bare.import_upstream(release, "cuda")
+    upstream = getattr(module, release.backend), getattr(module, release.multi_step)
+    fused = backends.subclasses(release, plugin.import_backend(release), version, Settings(True, True, None))
+    table = torch.randint(1, 1 << 20, (bs + 1, 32768), dtype=torch.int32, device="cuda")
+    sides = {}
+    for name, classes in (("upstream", upstream), ("ours", fused)):
+        is_cuda, module.is_cuda = module.is_cuda, lambda: schedule
+        multi = bare.multi_step_backend(classes, release, "cuda", table, draft_steps, [bs], flashmla)
+        module.is_cuda = is_cuda
+        batch = bare.forward_batch(multi, list(range(1, bs + 1)), [columns] * bs, bs)
+        first = multi.attn_backends[0]
+        ready = first._precompute_replay_metadata(
+            bs, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_cpu, module.ForwardMode.DECODE, None
+        )
+        first._precompute_replay_metadata = lambda ready=ready, **_: ready
+        sides[name] = lambda multi=multi, batch=batch: multi.init_forward_metadata_replay_cuda_graph(batch, bs)
+    return sides
+
+
+def copy_part_cases(repeats: int) -> list[dict]:
+    cases = []
+    for draft_steps, bs, flashmla, schedule in (
+        *((steps, bs, False, True) for steps in (3, 4, 5) for bs in (1, 4, 64)),
+        *((4, bs, flashmla, False) for bs in (1, 4, 64) for flashmla in (False, True)),
+    ):
+        sides = copy_part(draft_steps, bs, 512, flashmla, schedule)
+        for run in sides.values():
+            run()
+        times = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side, run in sides.items():
+                times[side].append(host_us(run))
+        name = f"copy-part-n{draft_steps}-bs{bs}-len512" + "-flashmla" * flashmla + "-no-schedule" * (not schedule)
+        upstream, ours = (statistics.median(times[side]) for side in ("upstream", "ours"))
+        cases.append(record.case(name, "host_us", upstream, ours, repeats))
+        cases.append(record.case(name, "launches", *(launches(sides[side]) for side in ("upstream", "ours")), 1))
+    return cases
+
+
 def main(
     num_dst: Annotated[list[int], typer.Option(help="Numbers of destinations.")] = [1, 2, 3, 4, 7],
     bs: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 4, 16, 64, 256],
@@ -155,6 +201,10 @@ def main(
         table.add_row(name, *row, f"{share:.0%}")
         del workload
     console.print(table)
+    cases += copy_part_cases(2 * repeats)
+    for one in cases:
+        if one["name"].startswith("copy-part"):
+            console.print(f"{one['name']:45} {one['metric']:9} {one['upstream']:8.1f} {one['ours']:8.1f}")
     path = out or record.default_path("copy")
     record.write(path, "copy", cases, commit or record.commit(), copy_rate_gb_per_s=round(rate / 1e3))
     console.print(f"device-to-device copy {rate / 1e3:.0f} GB/s; wrote {path}")

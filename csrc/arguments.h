@@ -80,7 +80,7 @@ class Reader {
     check_device(t.device(), name);
     auto* data = reinterpret_cast<int32_t*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
     if (is_opaque(f)) {
-      if (!t.IsContiguous()) TVM_FFI_THROW(ValueError) << name << ": expected a contiguous tensor, got strides";
+      if (!t.IsContiguous()) TVM_FFI_THROW(ValueError) << name << ": expected a contiguous tensor, got one with gaps";
       return {true, data, 1, t.numel(), t.numel()};
     }
     const int ndim = is_table(f) ? 2 : 1;

@@ -18,20 +18,24 @@ logger = logging.getLogger("sglang_nsa_fused")
 
 
 class Replay:
-    """What one captured batch size needs at each replay: the plan, and the metadata objects it was made for."""
+    """What one captured batch size needs at each replay: the plan, and what is set on the backends."""
 
     def __init__(self, release: Release, module: ModuleType, mode: int, backends: list, bs: int, engine: Engine):
         self.mode = mode
-        self.backends = backends
-        self.metadatas = [backend.decode_cuda_graph_metadata[bs] for backend in backends]
+        metadatas = [backend.decode_cuda_graph_metadata[bs] for backend in backends]
         self._sources = operator.attrgetter(*release.precomputed)
-        self._schedule = _schedule_function(module) if self._has_schedule() else None
+        has_schedule = metadatas[0].paged_mqa_schedule_metadata is not None
+        self._schedule = _schedule_function(module) if has_schedule else None
+        self._states = [(vars(b), self._state(release, b, m)) for b, m in zip(backends, metadatas)]
         captured = operator.attrgetter(*release.captured)
         paged = getattr(backends[0], release.page_size) > 1  # with pages of one token both tables are the same tensor
-        self.plan = ReplayPlan(mode, [self._destination(captured(m), m, paged) for m in self.metadatas], engine)
+        self.plan = ReplayPlan(mode, [self._destination(captured(m), m, paged) for m in metadatas], engine)
 
-    def _has_schedule(self) -> bool:
-        return self.metadatas[0].paged_mqa_schedule_metadata is not None
+    @staticmethod
+    def _state(release: Release, backend, metadata) -> dict:
+        """What each replay sets on this backend."""
+        getattr(backend, release.set_prefill_impl)(forward_batch=None)
+        return {"forward_metadata": metadata, **{name: getattr(backend, name) for name in release.prefill_impl_state}}
 
     @staticmethod
     def _destination(tensors: tuple, metadata, paged: bool) -> tuple:
@@ -46,7 +50,7 @@ class Replay:
         )
 
     def __call__(self, bs: int, precomputed) -> None:
-        """Copies to every backend, with the schedule of these lengths, which upstream computes after the copy."""
+        """Copies to every backend, with the schedule of these lengths, which upstream computes after its copy."""
         flashmla = precomputed.flashmla_metadata
         size = precomputed.seqlens_expanded_size
         schedule = None
@@ -63,8 +67,8 @@ class Replay:
             precomputed.max_seqlen_k,
             size,
         )
-        for backend, metadata in zip(self.backends, self.metadatas):
-            backend.forward_metadata = metadata
+        for attributes, state in self._states:
+            attributes.update(state)
 
 
 def _schedule_function(module: ModuleType) -> Callable[[torch.Tensor, int], torch.Tensor]:
@@ -134,7 +138,6 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
                 return super().init_forward_metadata_replay_cuda_graph_from_precomputed(bs, precomputed, forward_mode)
             if _mode(forward_mode) != replay.mode:
                 raise ValueError(f"forward_mode: expected that of the capture, {replay.mode}, got {forward_mode!r}")
-            getattr(self, release.set_prefill_impl)(forward_batch=None)
             replay(bs, precomputed)
 
     class FusedMultiStepBackend(MultiStep):
@@ -159,8 +162,6 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
                 forward_mode=module.ForwardMode.DECODE,
                 spec_info=forward_batch.spec_info,
             )
-            for backend in self.attn_backends:
-                getattr(backend, release.set_prefill_impl)(forward_batch=None)
             replay(bs, precomputed)
 
     FusedBackend.__name__ = FusedBackend.__qualname__ = f"Fused{release.backend}"

@@ -109,7 +109,9 @@ def fused_metadata_copy_multi_cuda(*args) -> None:
 
 
 def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
-    return library().copy_plan(mode, *(tensor for destination in destinations for tensor in destination))
+    copy = library().copy_plan(mode, *(tensor for destination in destinations for tensor in destination))
+    copy.release_gil = False  # a launch takes less time than handing the lock over
+    return copy
 
 
 def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:

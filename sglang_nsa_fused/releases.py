@@ -18,7 +18,10 @@ class Release:
     precomputed: tuple[str, ...]
     captured: tuple[str, ...]
     page_size: str  # attribute of the backend
-    set_prefill_impl: str  # method of the backend that each replay calls first
+    # The method of the backend that each replay calls first, and all that it sets without a batch. What it sets depends
+    # on the server's flags alone, so a replay sets what the capture saw, without the method's imports.
+    set_prefill_impl: str
+    prefill_impl_state: tuple[str, ...]
     signatures: dict[str, tuple[str, ...]]  # "Class.method" or "function" -> its parameters, for the check at start-up
 
 
@@ -47,6 +50,7 @@ NSA = Release(
     ),
     page_size="real_page_size",
     set_prefill_impl="set_nsa_prefill_impl",
+    prefill_impl_state=("use_mha", "nsa_prefill_impl"),
     signatures={
         "NativeSparseAttnBackend.init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
         "NativeSparseAttnBackend.init_forward_metadata_capture_cuda_graph": (

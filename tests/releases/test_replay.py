@@ -179,9 +179,7 @@ def test_a_batch_size_that_cannot_be_planned_keeps_upstreams_replay(upstream, de
         for bs in CAPTURE_BS
     ]
     for bs, live in steps(upstream, off, on, count=5):
-        for left, right in zip(off.attn_backends, on.attn_backends):
-            expected, found = (bare.fields(b.decode_cuda_graph_metadata[bs], live) for b in (left, right))
-            assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+        assert_same_fields(off, on, bs, live)
     with pytest.raises(SystemExit, match="keeps upstream's replay"):
         upstream.multi(upstream.fused(Settings(True, True, None)), 3)
 
@@ -195,9 +193,7 @@ def test_without_a_kernel_the_reference_copies_and_says_so_once(upstream, deep_g
     on, off = upstream.multi(upstream.fused(), 3), upstream.multi(upstream.classes, 3)
     assert caplog.text.count("metadata is copied tensor by tensor") == 1
     for bs, live in steps(upstream, off, on, count=5):
-        for left, right in zip(off.attn_backends, on.attn_backends):
-            expected, found = (bare.fields(b.decode_cuda_graph_metadata[bs], live) for b in (left, right))
-            assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+        assert_same_fields(off, on, bs, live)
     with pytest.raises(SystemExit, match="no kernel for"):
         upstream.multi(upstream.fused(Settings(True, True, None)), 3)
 
@@ -210,9 +206,36 @@ def test_several_graph_runners_do_not_share_plans(upstream, deep_gemm):
     for _ in steps(upstream, second, first, count=3):
         pass
     for bs, live in steps(upstream, off, first, count=10):
-        for left, right in zip(off.attn_backends, first.attn_backends):
-            expected, found = (bare.fields(b.decode_cuda_graph_metadata[bs], live) for b in (left, right))
-            assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+        assert_same_fields(off, first, bs, live)
+
+
+def test_a_replay_sets_what_upstreams_prefill_choice_sets(upstream):
+    """The plan repeats the state of the capture: true while the method, without a batch, sets these attributes alone."""
+    import ast
+    import inspect
+    import textwrap
+
+    method = getattr(upstream.classes[0], upstream.release.set_prefill_impl)
+    assigned = {
+        node.attr
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    assert assigned == set(upstream.release.prefill_impl_state)
+    on = upstream.multi(upstream.fused(), 3)
+    before = [(backend.use_mha, backend.nsa_prefill_impl) for backend in on.attn_backends]
+    for backend in on.attn_backends:  # as an eager batch between two replays leaves it
+        backend.use_mha, backend.nsa_prefill_impl, backend.forward_metadata = True, "other", None
+    bare.replay(on, bare.forward_batch(on, [1, 2], [5, 70], 2))
+    assert [(backend.use_mha, backend.nsa_prefill_impl) for backend in on.attn_backends] == before
+    assert all(b.forward_metadata is b.decode_cuda_graph_metadata[2] for b in on.attn_backends)
+
+
+def assert_same_fields(off, on, bs, live):
+    for number, (left, right) in enumerate(zip(off.attn_backends, on.attn_backends)):
+        expected, found = (bare.fields(backend.decode_cuda_graph_metadata[bs], live) for backend in (left, right))
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), f"{name} of backend {number}, batch {bs}"
 
 
 def test_a_sources_state_is_not_changed(upstream, deep_gemm):
