@@ -1,17 +1,20 @@
-"""The copy alone: ours against individual copies and against upstream's fused kernel, interleaved in one run."""
+"""The copy alone: ours against individual copies and against upstream's fused kernel, interleaved in one run.
+
+    python -m benchmarks.copy
+"""
 
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Callable, Optional
 
-import record
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import record
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
 from sglang_nsa_fused.settings import Settings
 

@@ -1,13 +1,39 @@
-// The destinations of one copy, checked once, and the sizes and sources of each replay, checked before it.
+// The destinations of one copy, checked once, and the sources and sizes of each replay, checked before it. No binding's
+// types: tvm-ffi's and torch's forms share it.
 #pragma once
 
 #include <algorithm>
+#include <ostream>
+#include <sstream>
+#include <string>
 #include <vector>
 
-#include "arguments.h"
 #include "params.h"
 
 namespace nsa_fused {
+
+// What is wrong with an argument; bindings turn it into Python's ValueError.
+struct BadArgument {
+  std::string text;
+};
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw BadArgument{text.str()};
+}
+
+// A parameter's name; put together only where an error needs it.
+struct Name {
+  const char* text;
+  int index = -1;  // which destination, where there are several
+
+  friend std::ostream& operator<<(std::ostream& os, const Name& name) {
+    os << name.text;
+    return name.index < 0 ? os : os << name.index;
+  }
+};
 
 constexpr const char* kSrcName[kNumFields] = {
     "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
@@ -18,58 +44,97 @@ constexpr const char* kDstName[kNumFields] = {
     "seqlens_expanded_dst",  "nsa_cu_seqlens_k_dst",   "real_page_table_dst", "flashmla_num_splits_dst",
     "flashmla_metadata_dst", "paged_mqa_schedule_dst"};
 
+inline Name src_name(int f) { return {kSrcName[f]}; }
+inline Name dst_name(int f, int d, int num_dst) { return {kDstName[f], num_dst > 1 ? d : -1}; }
+
+constexpr bool is_table(int f) { return f == kPageTable1 || f == kRealPageTable; }
+constexpr bool is_opaque(int f) { return f == kTileMetadata || f == kSchedule; }  // copied whole, whatever its shape
 constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || is_opaque(f); }
-constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }
 constexpr bool is_written(int f, Mode mode) { return f != kSeqlensExpanded || mode != Mode::kDecode; }
+constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }
+
+// An int32 tensor as rows of cols elements; a vector is one row.
+struct View {
+  bool given = false;
+  int32_t* data = nullptr;
+  int64_t rows = 0, cols = 0, pitch = 0;
+
+  const int32_t* begin() const { return data; }
+  const int32_t* end() const { return rows && cols ? data + (rows - 1) * pitch + cols : data; }
+  bool same_memory(const View& o) const {
+    return data == o.data && rows == o.rows && cols == o.cols && (rows <= 1 || pitch == o.pitch);
+  }
+};
+
+inline View make_view(int f, Name name, int32_t* data, int ndim, const int64_t* shape, const int64_t* strides) {
+  if (is_opaque(f)) {
+    int64_t numel = 1;
+    for (int i = ndim - 1; i >= 0; numel *= shape[i--])
+      if (shape[i] > 1 && strides[i] != numel) refuse(name, ": expected a contiguous tensor, got one with gaps");
+    return {true, data, 1, numel, numel};
+  }
+  const int expected = is_table(f) ? 2 : 1;
+  if (ndim != expected) refuse(name, ": expected ", expected, expected == 1 ? " dimension" : " dimensions", ", got ", ndim);
+  const int64_t rows = ndim == 2 ? shape[0] : 1, cols = shape[ndim - 1];
+  if (cols > 1 && strides[ndim - 1] != 1) refuse(name, ": expected last stride 1, got ", strides[ndim - 1]);
+  return {true, data, rows, cols, rows > 1 ? strides[0] : cols};
+}
+
+// Whether two views have an element in common: their rows in order of address, side by side.
+inline bool overlap(const View& a, const View& b) {
+  if (a.begin() >= b.end() || b.begin() >= a.end()) return false;
+  for (int64_t i = 0, j = 0; i < a.rows && j < b.rows;) {
+    const int32_t *x = a.data + i * a.pitch, *y = b.data + j * b.pitch;
+    if (x < y + b.cols && y < x + a.cols) return true;
+    x < y ? ++i : ++j;
+  }
+  return false;
+}
 
 struct Sizes {
   int64_t bs, max_len, max_seqlen_k, seqlens_expanded_size;
 };
 
-inline void check_sizes(Mode mode, const Sizes& s) {
-  const bool decode = mode == Mode::kDecode;
-  const auto check = [](const char* name, int64_t value) {
-    if (value < 0) TVM_FFI_THROW(ValueError) << name << ": expected 0 or more, got " << value;
-  };
-  check("bs", s.bs);
-  check(decode ? "max_len" : "max_seqlen_k", decode ? s.max_len : s.max_seqlen_k);
-  check("seqlens_expanded_size", s.seqlens_expanded_size);
-  if (decode && s.seqlens_expanded_size != s.bs)
-    TVM_FFI_THROW(ValueError) << "seqlens_expanded_size: expected bs = " << s.bs << " in decode, got "
-                              << s.seqlens_expanded_size;
-  if (mode == Mode::kTargetVerify && s.bs > 0 && s.seqlens_expanded_size % s.bs != 0)
-    TVM_FFI_THROW(ValueError) << "seqlens_expanded_size: expected a multiple of bs = " << s.bs
-                              << " in target verify, got " << s.seqlens_expanded_size;
+inline Mode to_mode(int64_t mode) {
+  if (mode < 0 || mode > 2)
+    refuse("forward_mode: expected 0 (decode), 1 (target verify) or 2 (draft extend), got ", mode);
+  return static_cast<Mode>(mode);
 }
 
 // Holds addresses, not tensors: whoever makes a plan keeps those alive.
 class CopyPlan {
  public:
-  // args: num_fields tensors or None, destination by destination.
-  CopyPlan(Mode mode, ffi::PackedArgs args, int num_fields, int num_dst) : mode_(mode), num_dst_(num_dst) {
+  // dst: num_dst x kNumFields. What the mode does not write is not looked at.
+  CopyPlan(Mode mode, const View* dst, int num_dst) : mode_(mode), num_dst_(num_dst) {
     if (num_dst < 1 || num_dst > kMaxDestinations)
-      TVM_FFI_THROW(ValueError) << "destinations: expected 1 to " << kMaxDestinations << ", got " << num_dst;
-    Reader read;
+      refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", num_dst);
     for (int d = 0; d < num_dst; ++d)
-      for (int f = 0; f < num_fields; ++f)
-        if (is_written(f, mode)) add(read(args[d * num_fields + f], f, dst_name(f, d)), f, d);
-    device_ = read.device();
+      for (int f = 0; f < kNumFields; ++f)
+        if (is_written(f, mode)) add(dst[d * kNumFields + f], f, d);
     check_apart();
   }
 
-  DLDevice device() const { return device_; }
+  Mode mode() const { return mode_; }
   int num_dst() const { return num_dst_; }
 
-  // args: num_fields tensors or None. False: nothing to copy.
-  template <int kCapacity>
-  bool pack(ffi::PackedArgs args, int num_fields, const Sizes& sizes, CopyParams<kCapacity>* params) const {
-    check_sizes(mode_, sizes);
-    if (sizes.bs == 0) return false;
-    View src[kNumFields];
-    Reader read(device_);
-    for (int f = 0; f < num_fields; ++f)
-      if (is_written(f, mode_)) src[f] = read(args[f], f, Name{kSrcName[f]});
+  void check(const Sizes& s) const {
+    const bool decode = mode_ == Mode::kDecode;
+    const auto not_negative = [](const char* name, int64_t value) {
+      if (value < 0) refuse(name, ": expected 0 or more, got ", value);
+    };
+    not_negative("bs", s.bs);
+    not_negative(decode ? "max_len" : "max_seqlen_k", decode ? s.max_len : s.max_seqlen_k);
+    not_negative("seqlens_expanded_size", s.seqlens_expanded_size);
+    if (decode && s.seqlens_expanded_size != s.bs)
+      refuse("seqlens_expanded_size: expected bs = ", s.bs, " in decode, got ", s.seqlens_expanded_size);
+    if (mode_ == Mode::kTargetVerify && s.bs > 0 && s.seqlens_expanded_size % s.bs != 0)
+      refuse("seqlens_expanded_size: expected a multiple of bs = ", s.bs, " in target verify, got ",
+             s.seqlens_expanded_size);
+  }
 
+  // src: kNumFields; sizes: checked, bs not 0. False: nothing to copy.
+  template <int kCapacity>
+  bool pack(const View* src, const Sizes& sizes, CopyParams<kCapacity>* params) const {
     int64_t tiles = 0;
     for (int f = 0; f < kNumFields; ++f) {
       CopyField& field = params->field[f];
@@ -84,7 +149,7 @@ class CopyPlan {
         field.rows = static_cast<int32_t>(need.rows);
         field.tiles_per_row = static_cast<int32_t>((field.cols + kTileCols - 1) / kTileCols);
         tiles += need.rows * field.tiles_per_row;
-        if (tiles > INT32_MAX) TVM_FFI_THROW(ValueError) << kSrcName[f] << ": too large for one launch";
+        if (tiles > INT32_MAX) refuse(src_name(f), ": expected less than ", INT32_MAX, " tiles, got ", tiles);
       }
       field.end_tile = static_cast<int32_t>(tiles);
     }
@@ -103,17 +168,15 @@ class CopyPlan {
     const int32_t* reach;  // the highest end of this one and of all that begin before it
   };
 
-  Name dst_name(int f, int d) const { return {kDstName[f], num_dst_ > 1 ? d : -1}; }
+  Name name(int f, int d) const { return dst_name(f, d, num_dst_); }
 
   void add(const View& view, int f, int d) {
-    if (!view.given && !is_optional(f))
-      TVM_FFI_THROW(ValueError) << dst_name(f, d) << ": expected an int32 tensor, got None";
+    if (!view.given && !is_optional(f)) refuse(name(f, d), ": expected an int32 tensor, got None");
     if (d > 0 && view.given != dst_[f][0].given)
-      TVM_FFI_THROW(ValueError) << dst_name(f, d) << ": expected " << (view.given ? "None" : "a tensor") << " as for "
-                                << dst_name(f, 0) << ", got " << (view.given ? "a tensor" : "None");
+      refuse(name(f, d), ": expected ", view.given ? "None" : "a tensor", " as for ", name(f, 0), ", got ",
+             view.given ? "a tensor" : "None");
     if (view.rows > 1 && view.pitch < view.cols)
-      TVM_FFI_THROW(ValueError) << dst_name(f, d) << ": expected rows apart, got a row stride of " << view.pitch
-                                << " for " << view.cols << " columns";
+      refuse(name(f, d), ": expected rows apart, got a row stride of ", view.pitch, " for ", view.cols, " columns");
     dst_[f][d] = view;
     // Step backends may share a tensor, as upstream's cache_seqlens up to 0.5.13: it is written once.
     const auto same = [&](const View& earlier) { return earlier.same_memory(view); };
@@ -127,8 +190,7 @@ class CopyPlan {
     for (auto w = written_.begin(); w != written_.end(); ++w) {
       for (auto v = w; v != written_.begin() && (--v)->reach > w->view.begin();)
         if (overlap(v->view, w->view))
-          TVM_FFI_THROW(ValueError) << dst_name(w->f, w->d) << ": expected memory of its own, but it overlaps "
-                                    << dst_name(v->f, v->d);
+          refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps ", name(v->f, v->d));
       w->reach = reach = std::max(reach, w->view.end());
     }
   }
@@ -152,20 +214,17 @@ class CopyPlan {
   }
 
   void check_pair(int f, const View& src, const View& need) const {
-    if (!src.given)
-      TVM_FFI_THROW(ValueError) << kSrcName[f] << ": expected an int32 tensor as its destination is given, got None";
-    if (!dst_[f][0].given)
-      TVM_FFI_THROW(ValueError) << kDstName[f] << ": expected an int32 tensor as its source is given, got None";
-    check_fits(src, need, f, Name{kSrcName[f]});
-    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, f, dst_name(f, d));
+    if (!src.given) refuse(src_name(f), ": expected an int32 tensor as its destination is given, got None");
+    if (!dst_[f][0].given) refuse(Name{kDstName[f]}, ": expected an int32 tensor as its source is given, got None");
+    check_fits(src, need, f, src_name(f));
+    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, f, name(f, d));
     // A source may be its own destination (upstream's cache_seqlens is), and nothing else that is written.
     auto w = std::lower_bound(written_.begin(), written_.end(), src.end(),
                               [](const Written& a, const int32_t* end) { return a.view.begin() < end; });
     while (w != written_.begin() && (--w)->reach > src.begin()) {
       const bool itself = w->f == f && w->view.data == src.data && (need.rows <= 1 || w->view.pitch == src.pitch);
       if (!itself && overlap(src, w->view))
-        TVM_FFI_THROW(ValueError) << kSrcName[f] << ": expected memory that is not written, but it overlaps "
-                                  << dst_name(w->f, w->d);
+        refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
     }
   }
 
@@ -175,12 +234,11 @@ class CopyPlan {
       const std::string cols = std::to_string(v.cols);
       return is_table(f) ? "[" + std::to_string(v.rows) + ", " + cols + "]" : "[" + cols + "]";
     };
-    TVM_FFI_THROW(ValueError) << name << ": expected a shape of at least " << shape(need) << ", got " << shape(view);
+    refuse(name, ": expected a shape of at least ", shape(need), ", got ", shape(view));
   }
 
   Mode mode_;
   int num_dst_;
-  DLDevice device_;
   View dst_[kNumFields][kMaxDestinations];
   std::vector<Written> written_;  // by address, each tensor once
 };

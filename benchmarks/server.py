@@ -1,0 +1,538 @@
+"""A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
+
+For each configuration both servers run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
+greedy requests in turn. Records the time of a speculative step, the host time of the draft steps' metadata replay and of
+its part behind the precomputation, and hashes of the output ids and of the draft tokens, which must be the same.
+
+    python -m benchmarks.server
+"""
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+HOST = "127.0.0.1"
+UPSTREAM, OURS = SIDES = ("upstream", "ours")
+PLUGINS = {UPSTREAM: "server_probe", OURS: "nsa_fused,server_probe"}
+BACKENDS = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}  # NSA backend, cache dtype
+REQUEST_SECONDS = 300
+SETTLE_SECONDS = 1.5  # the probe writes each half second
+GATES = ("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA", "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA")
+REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
+PLUGIN_LINE = re.compile(r"^(?:\[[^]]*\] *)?(sglang-nsa-fused\b.*)$", re.M)
+FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
+
+console = Console(width=150, highlight=False, markup=False)
+
+
+class Failed(Exception):
+    """Why a configuration was not measured, or what it showed to be wrong."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    draft_steps: int
+    cache: str
+
+    @property
+    def name(self) -> str:
+        return f"n{self.draft_steps}-{self.cache}"
+
+    def flags(self) -> list:
+        backend, dtype = BACKENDS[self.cache]
+        return [
+            *("--speculative-num-steps", self.draft_steps, "--speculative-num-draft-tokens", self.draft_steps + 1),
+            *("--nsa-prefill-backend", backend, "--nsa-decode-backend", backend, "--kv-cache-dtype", dtype),
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch of requests, answered. Times are perf_counter_ns."""
+
+    start: int
+    end: int
+    steps: int  # verify steps, the most of any request
+    ids: str  # output ids as JSON
+
+    @property
+    def step_ms(self) -> float:
+        return (self.end - self.start) / self.steps / 1e6
+
+
+class Server:
+    def __init__(self, side: str, configuration: Configuration, index: int, args):
+        self.side, self.port, self.process, self.ready_seconds = side, args.port + 2 * index, None, None
+        stem = f"{configuration.name}-{side}"
+        self.log, self.samples = args.log_dir / f"{stem}.log", args.log_dir / f"{stem}-samples.jsonl"
+        ports = ["--host", HOST, "--port", self.port, "--nccl-port", self.port + 1]
+        flags = [*common_flags(args), *configuration.flags(), *ports, *shlex.split(args.server_flags)]
+        self.command = [*shlex.split(args.server_command), *map(str, flags)]
+        self.env = environment(side, args.site, args.log_dir / "probe") | {"SERVER_PROBE_FILE": str(self.samples)}
+
+    def start(self) -> None:
+        self.samples.write_text("")
+        with self.log.open("wb") as log, uninterrupted():
+            # Not in the working directory: a source tree of the plugin there would come first on sys.path.
+            self.process = subprocess.Popen(
+                self.command, env=self.env, cwd=self.log.parent, start_new_session=True, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.started = time.monotonic()
+
+    def is_ready(self) -> bool:
+        """Raises Failed when the process has ended."""
+        if self.ready_seconds is None:
+            if self.process.poll() is not None:
+                raise Failed(f"{self.side}: the server ended with status {self.process.returncode}{self.tail()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
+                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
+                self.ready_seconds = round(time.monotonic() - self.started, 1)
+        return self.ready_seconds is not None
+
+    def generate(self, prompts: list, output_tokens: int) -> Run:
+        params = {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
+        body = json.dumps({"input_ids": prompts, "sampling_params": params}).encode()
+        url, headers = f"http://{HOST}:{self.port}/generate", {"Content-Type": "application/json"}
+        try:
+            start = time.perf_counter_ns()
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=REQUEST_SECONDS) as reply:
+                content = reply.read()
+            end = time.perf_counter_ns()
+        except (OSError, http.client.HTTPException) as error:
+            raise Failed(f"{self.side}: no answer from the server: {error}{self.tail()}") from error
+        answers = json.loads(content)
+        steps = max(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers)
+        if not steps:
+            raise Failed(f"{self.side}: no verify steps: the server does not decode speculatively")
+        return Run(start, end, steps, json.dumps([answer["output_ids"] for answer in answers]))
+
+    def samples_of(self, runs: list[Run]) -> list[dict]:
+        samples = map(json.loads, self.samples.read_text().splitlines())
+        return [sample for sample in samples if any(run.start <= sample["at"] <= run.end for run in runs)]
+
+    def replays(self, runs: list[Run], bs: int) -> list[dict]:
+        """The replays of full batches within these runs."""
+        return [sample for sample in self.samples_of(runs) if sample.get("bs", 0) >= bs]
+
+    def keep_drafts(self, keep: bool) -> None:
+        """Has the probe keep draft tokens, at the price of a sync each step."""
+        flag = Path(f"{self.samples}.drafts")
+        flag.touch() if keep else flag.unlink(missing_ok=True)
+
+    def drafts(self, run: Run) -> list:
+        """The draft tokens of each request and step, in any order: requests may be batched in another one."""
+        return sorted(row for sample in self.samples_of([run]) for row in sample.get("drafts", []))
+
+    def check_log(self) -> str:
+        """The plugin's line, "" without the plugin. Raises Failed."""
+        log = self.log.read_text(errors="replace")
+        if found := FALLBACK_LINE.search(log):
+            raise Failed(f"{self.side}: the server fell back: {found[0]}")
+        lines = PLUGIN_LINE.findall(log)
+        active = [line for line in lines if "active" in line and "not active" not in line]
+        expected = int(self.side == OURS)  # there is one scheduler process
+        if len(active) != expected:
+            raise Failed(f"{self.side}: expected {expected} line of an active plugin, got {lines}{self.tail()}")
+        return "".join(active)
+
+    def tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-30:]
+        return f"\n--- {self.log}\n" + "\n".join(lines)
+
+
+def common_flags(args) -> list:
+    longest = max(args.len) + args.output_tokens + 256
+    tokens = args.max_total_tokens or max(65_536, 2 * max(args.batch) * longest)
+    return [
+        *("--model-path", HERE / "model", "--load-format", "dummy", "--skip-tokenizer-init", "--trust-remote-code"),
+        *("--context-length", args.context_length, "--max-total-tokens", tokens, "--random-seed", 0),
+        # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
+        *("--mem-fraction-static", args.mem_fraction),
+        *("--cuda-graph-max-bs", max(args.batch), "--max-running-requests", max(16, *args.batch)),
+        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", 1),
+        *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
+        *("--disable-custom-all-reduce", "--watchdog-timeout", 600),
+    ]
+
+
+def environment(side: str, site: str, probe: Path) -> dict:
+    own = {name: value for name, value in os.environ.items() if name not in (*GATES, REQUIRED)}
+    path = [str(Path(entry).resolve()) for entry in (site or own.get("PYTHONPATH", "")).split(os.pathsep) if entry]
+    own |= {"PYTHONPATH": os.pathsep.join([str(probe), *path]), "PYTHONUNBUFFERED": "1", "SGLANG_PLUGINS": PLUGINS[side]}
+    own.setdefault("CUDA_HOME", "/usr/local/cuda")
+    # No dense attention for short prefills, which would need FlashAttention 3.
+    own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
+    return own | ({GATES[0]: "1", REQUIRED: "1"} if side == OURS else {})
+
+
+def write_probe(folder: Path) -> None:
+    """A distribution that importlib.metadata finds on PYTHONPATH."""
+    info = folder / "server_probe-1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: server_probe\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nserver_probe = server_probe:activate\n")
+    shutil.copy(HERE / "server_probe.py", folder)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Holds Ctrl-C and SIGTERM back to the end of the block. Child processes inherit no handler, as they would a mask."""
+    came = []
+    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def wait_ready(servers: list[Server], deadline: float) -> None:
+    while not all([server.is_ready() for server in servers]):
+        if time.monotonic() > deadline:
+            late = next(server for server in servers if server.ready_seconds is None)
+            raise Failed(f"{late.side}: the server was not ready in time{late.tail()}")
+        time.sleep(1)
+
+
+def start(servers: list[Server], args, deadline: float) -> None:
+    check_ports(servers)
+    for group in [servers] if args.start == "together" else [[server] for server in servers]:
+        for server in group:
+            server.start()
+        wait_ready(group, min(deadline, time.monotonic() + args.ready_seconds))
+
+
+def check_ports(servers: list[Server]) -> None:
+    for port in (port for server in servers for port in (server.port, server.port + 1)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                raise Failed(f"port {port} is taken: give another --port") from error
+
+
+def stop(servers: list[Server], memory_before: float) -> None:
+    started = [server.process for server in servers if server.process]
+    with uninterrupted():
+        for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
+            for pid in session_members(started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if wait(lambda: not session_members(started), seconds):
+                break
+        else:
+            console.print(f"servers that cannot be stopped: {session_members(started)}")
+        if started and not wait(lambda: gpu_memory_mib() < memory_before + 1024, 60):
+            console.print("the GPU's memory is still in use after the servers were stopped")
+
+
+def session_members(leaders: list[subprocess.Popen]) -> list[int]:
+    """Ids of the live processes that these started; children may outlive their leader."""
+    for leader in leaders:
+        leader.poll()
+    sessions, members = {leader.pid for leader in leaders}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state not in "ZX":
+                members.append(int(stat.parent.name))
+    return members
+
+
+def wait(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def gpu_memory_mib() -> float:
+    """In use on the GPU by all processes; 0 where nvidia-smi is missing."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
+
+
+def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, Run]]:
+    """The same requests to one side, the other, the other, the one: the runs that count, and one with its draft tokens."""
+    draw = random.Random(f"{batch} {length}")
+    prompts = [[draw.randrange(10, 120_000) for _ in range(length)] for _ in range(batch)]
+    runs, checked = {side: [] for side in SIDES}, {}
+    for repeat in range(args.warmup + args.repeats):
+        for server in servers if repeat % 2 == 0 else servers[::-1]:
+            runs[server.side].append(server.generate(prompts, args.output_tokens))
+    for keep in (True, False):
+        for server in servers:
+            server.keep_drafts(keep)
+        time.sleep(SETTLE_SECONDS)
+        if keep:
+            checked = {server.side: server.generate(prompts, args.output_tokens) for server in servers}
+    return {side: found[args.warmup :] for side, found in runs.items()}, checked
+
+
+def sha(runs: list[Run]) -> str:
+    return hashlib.sha256("\n".join(run.ids for run in runs).encode()).hexdigest()[:16]
+
+
+def result(name: str, metric: str, samples: dict[str, list[float]], **more) -> dict:
+    upstream, ours = (statistics.median(samples[side]) for side in SIDES)
+    return {
+        "name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3),
+        "ratio": round(upstream / ours, 3) if ours else None, "samples": min(map(len, samples.values())),
+        "spread": {side: p10_p90(values) for side, values in samples.items()}, **more,
+    }  # fmt: skip
+
+
+def p10_p90(values: list[float]) -> list[float]:
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
+    return [round(tenths[0], 3), round(tenths[-1], 3)]
+
+
+def case(name: str, servers: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
+    """The metrics of one case, and what is wrong with it. Raises Failed."""
+    runs, checked = drive(servers, batch, length, args)
+    for server in servers:
+        server.check_log()
+    problems = []
+    drafts = {server.side: server.drafts(checked[server.side]) for server in servers}
+    draft_sha = {side: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] for side, rows in drafts.items()}
+    if not drafts[OURS] or drafts[UPSTREAM] != drafts[OURS]:
+        apart = sum(left != right for left, right in zip(drafts[UPSTREAM], drafts[OURS]))
+        counts = " and ".join(str(len(drafts[side])) for side in SIDES)
+        problems.append(f"{name}: the draft tokens differ in {apart} of {counts} rows")
+    output_sha = {side: sha(found) for side, found in runs.items()}
+    if output_sha[UPSTREAM] != output_sha[OURS]:
+        outputs = ", ".join(f"{side} gave {len({run.ids for run in found})}" for side, found in runs.items())
+        problems.append(f"{name}: the output ids differ ({outputs} different outputs in {args.repeats} repeats)")
+    steps = {side: statistics.median(run.steps for run in found) for side, found in runs.items()}
+    step_ms = {side: [run.step_ms for run in found] for side, found in runs.items()}
+    replays = {server.side: server.replays(runs[server.side], batch) for server in servers}
+    sha_of = {"output_sha": output_sha, "draft_sha": draft_sha}
+    results = [result(name, "step_ms", step_ms, verify_steps=steps, **sha_of)]
+    if all(replays.values()):
+        host_us = {side: [one["ns"] / 1e3 for one in found] for side, found in replays.items()}
+        results.append(result(name, "host_us", host_us, **sha_of))
+        after = {side: [(one["ns"] - one["precompute_ns"]) / 1e3 for one in found] for side, found in replays.items()}
+        results.append(result(f"{name}-copy-part", "host_us", after, **sha_of))
+    else:
+        problems.append(f"{name}: no host times: the probe saw no draft replay of a full batch")
+    return results, problems
+
+
+class Results:
+    """The result file. Keeps what other runs of the same commit on the same machine measured."""
+
+    def __init__(self, path: Path, head: dict):
+        self.path, self.head, self.configurations, self.cases = path, head, {}, {}
+        if not path.exists():
+            return
+        before = json.loads(path.read_text())
+        if other := {key: before.get(key) for key in head if before.get(key) != head[key]}:
+            here = {key: head[key] for key in other}
+            raise SystemExit(f"{path} holds results of {other}, this run is of {here}; give another --out")
+        self.add(before["cases"], *before["configurations"])
+
+    def add(self, cases: list[dict], *configurations: dict) -> None:
+        self.cases |= {(one["name"], one["metric"]): one for one in cases}
+        self.configurations |= {one["name"]: one for one in configurations}
+
+    def write(self) -> None:
+        def listed(entries) -> str:
+            return "[\n" + ",\n".join("  " + json.dumps(entry) for entry in entries) + "\n]"
+
+        text = json.dumps(self.head)[:-1] + ', "configurations": ' + listed(self.configurations.values())
+        text += ', "cases": ' + listed(self.cases.values()) + "}\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(self.path)
+
+    def print(self) -> None:
+        spreads = (f"p10-p90 {side}" for side in SIDES)
+        table = Table("case", "metric", *SIDES, "ratio", "samples", *spreads, "same tokens")
+        for one in self.cases.values():
+            spread = ("-".join(f"{value:.2f}" for value in one["spread"][side]) for side in SIDES)
+            numbers = (f"{one['upstream']:.2f}", f"{one['ours']:.2f}", str(one["ratio"]), str(one["samples"]))
+            same = all(len(set(one[sha].values())) == 1 for sha in ("output_sha", "draft_sha"))
+            table.add_row(one["name"], one["metric"], *numbers, *spread, "yes" if same else "NO")
+        console.print(table)
+
+
+def measure(configurations: list[Configuration], results: Results, args, deadline: float) -> list[str]:
+    """Measures these configurations, whose servers are all up at once; what went wrong. They are gone when it returns."""
+    problems, memory_before = [], gpu_memory_mib()
+    pairs = {
+        configuration: [Server(side, configuration, 2 * number + index, args) for index, side in enumerate(SIDES)]
+        for number, configuration in enumerate(configurations)
+    }
+    servers = [server for pair in pairs.values() for server in pair]
+    try:
+        start(servers, args, deadline)
+        for configuration, pair in pairs.items():
+            problems += measure_one(configuration, pair, results, args, deadline)
+    except Failed as error:
+        problems.append(f"{', '.join(one.name for one in configurations)}: {error}")
+        console.print(problems[-1])
+    finally:
+        stop(servers, memory_before)
+    return problems
+
+
+def measure_one(configuration: Configuration, pair: list[Server], results: Results, args, deadline: float) -> list[str]:
+    problems, longest = [], 0.0
+    found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
+    found |= {"output_tokens": args.output_tokens, "repeats": args.repeats}
+    found |= {"seconds_to_ready": {server.side: server.ready_seconds for server in pair}}
+    found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": "".join([server.check_log() for server in pair])}
+    console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
+    for batch, length in itertools.product(args.batch, args.len):
+        name, began = f"n{configuration.draft_steps}-bs{batch}-len{length}-{configuration.cache}", time.monotonic()
+        if deadline - began < longest:
+            problems.append(f"{name}: not measured, too little time is left")
+            continue
+        cases, wrong = case(name, pair, batch, length, args)
+        longest = max(longest, time.monotonic() - began)
+        results.add(cases, found)
+        results.write()
+        for one in cases:
+            console.print(f"{one['name']}: {one['metric']} upstream {one['upstream']}, ours {one['ours']}")
+        for problem in wrong:
+            console.print(problem)
+        problems += wrong
+    return problems
+
+
+def machine(args) -> dict:
+    """What the servers will run on, asked in their environment: GPU, sglang and torch."""
+    code = (
+        "import json, torch; from importlib.metadata import version; cuda = torch.cuda.is_available();"
+        "print(json.dumps([torch.cuda.get_device_name() if cuda else 'no GPU', version('sglang'), torch.__version__]))"
+    )
+    env = environment(UPSTREAM, args.site, args.log_dir / "probe")
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=args.log_dir, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit("no torch and sglang to measure: give their folders as --site")
+    return dict(zip(("gpu", "sglang", "torch"), json.loads(done.stdout.splitlines()[-1])))
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        raise SystemExit("not in a git repository: give --commit") from None
+
+
+def default_out(head: dict) -> Path:
+    gpu = re.search(r"[A-Z]+\d+", head["gpu"])
+    return HERE / "results" / f"server-{gpu[0].lower() if gpu else 'gpu'}-{head['sglang']}.json"
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--draft-steps", type=int, nargs="+", default=[3, 4], metavar="N", help="--speculative-num-steps of the servers")
+    add("--cache", nargs="+", choices=BACKENDS, default=["bf16"], help="KV cache and with it the attention backends")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="requests at a time")
+    add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")
+    add("--output-tokens", type=int, default=64)
+    add("--repeats", type=int, default=9, help="rounds that count, for each case and side")
+    # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
+    add("--warmup", type=int, default=2, help="rounds before them")
+    help_start = "staggered: the second when the first is ready"
+    add("--start", choices=["together", "staggered"], default="together", help=help_start)
+    add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
+    add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
+    add("--site", default="", help="PYTHONPATH entries with sglang and the plugin; empty: the current environment")
+    add("--at-once", type=int, default=1, metavar="N", help="configurations whose servers are up at the same time")
+    add("--port", type=int, default=30000, help="the first of four for each configuration at once")
+    add("--context-length", type=int, default=32768)
+    add("--max-total-tokens", type=int, help="size of each KV pool; from the cases unless given")
+    add("--mem-fraction", type=float, default=0.9, help="--mem-fraction-static")
+    add("--server-flags", default="", help="more flags for both servers, in one string")
+    add("--server-command", default=f"{shlex.quote(sys.executable)} -m sglang.launch_server", help=argparse.SUPPRESS)
+    add("--out", type=Path, help="result file; by default in results/")
+    add("--log-dir", type=Path, help="for the servers' logs")
+    add("--commit", help="project commit measured; from git unless given")
+    args = parser.parse_args(argv)
+    if max(args.len) + args.output_tokens + max(args.draft_steps) >= args.context_length:
+        parser.error("--len and --output-tokens do not fit --context-length")
+    if min(args.draft_steps) < 2:
+        parser.error("--draft-steps: with one draft step there is no metadata to replay")
+    args.log_dir = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-server-"))).resolve()
+    return args
+
+
+def measure_all(results: Results, args, deadline: float) -> list[str]:
+    problems, longest = [], 0.0
+    # By cache first: the servers that are up at once then compile much the same kernels.
+    configurations = [Configuration(steps, cache) for cache in args.cache for steps in args.draft_steps]
+    try:
+        for first in range(0, len(configurations), args.at_once):
+            group, began = configurations[first : first + args.at_once], time.monotonic()
+            if deadline - began < longest:
+                problems += [f"{configuration.name}: not started, too little time is left" for configuration in group]
+                continue
+            problems += measure(group, results, args, deadline)
+            longest = max(longest, time.monotonic() - began)
+    except KeyboardInterrupt:
+        problems.append("interrupted")
+    return problems
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    deadline = time.monotonic() + 60 * args.max_minutes
+    for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
+        signal.signal(number, interrupt)
+    write_probe(args.log_dir / "probe")
+    head = {"schema": 1, "what": "server", **machine(args), "commit": args.commit or git_commit()}
+    results = Results(args.out or default_out(head), head)
+    console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
+    problems = measure_all(results, args, deadline)
+    if results.cases:
+        results.print()
+        results.write()
+    console.print(f"results in {results.path}" if results.cases else "nothing was measured")
+    for problem in problems:
+        console.print(f"FAILED {problem.splitlines()[0]}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
