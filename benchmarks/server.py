@@ -41,7 +41,7 @@ REQUEST_SECONDS = 300
 SETTLE_SECONDS = 1.5  # the probe writes each half second
 GATES = ("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA", "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA")
 REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
-PLUGIN_LINE = re.compile(r"^(?:\[[^]]*\] *)?(sglang-nsa-fused\b.*)$", re.M)
+PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
 FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
 
 console = Console(width=150, highlight=False, markup=False)

@@ -28,10 +28,10 @@ class Reader {
   View operator()(ffi::AnyView arg, int f, Name name) {
     if (arg.type_index() == ffi::TypeIndex::kTVMFFINone) return View{};
     const auto tensor = arg.try_cast<ffi::TensorView>();
-    if (!tensor) TVM_FFI_THROW(TypeError) << name << ": expected an int32 tensor, got " << arg.GetTypeKey();
+    if (!tensor) TVM_FFI_THROW(TypeError) << to_text(name) << ": expected an int32 tensor, got " << arg.GetTypeKey();
     const ffi::TensorView& t = *tensor;
     if (t.dtype().code != kDLInt || t.dtype().bits != 32 || t.dtype().lanes != 1)
-      TVM_FFI_THROW(TypeError) << name << ": expected dtype int32, got " << ffi::DLDataTypeToString(t.dtype());
+      TVM_FFI_THROW(TypeError) << to_text(name) << ": expected dtype int32, got " << ffi::DLDataTypeToString(t.dtype());
     check_device(t.device(), name);
     auto* data = reinterpret_cast<int32_t*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
     return make_view(f, name, data, t.ndim(), t.shape().data(), t.strides().data());
@@ -56,7 +56,7 @@ class Reader {
 
 inline int64_t read_size(ffi::AnyView arg, const char* name) {
   const auto value = arg.try_cast<int64_t>();
-  if (!value) TVM_FFI_THROW(TypeError) << name << ": expected an integer, got " << arg.GetTypeKey();
+  if (!value) TVM_FFI_THROW(TypeError) << to_text(name) << ": expected an integer, got " << arg.GetTypeKey();
   return *value;
 }
 

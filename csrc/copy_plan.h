@@ -3,8 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <ostream>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -12,28 +10,26 @@
 
 namespace nsa_fused {
 
+// A parameter's name; put together only where an error needs it.
+struct Name {
+  const char* text;
+  int index = -1;  // which destination, where there are several
+};
+
+inline std::string to_text(const std::string& text) { return text; }
+inline std::string to_text(int64_t number) { return std::to_string(number); }
+inline std::string to_text(Name name) { return name.text + (name.index < 0 ? "" : std::to_string(name.index)); }
+
 // What is wrong with an argument; bindings turn it into Python's ValueError.
 struct BadArgument {
   std::string text;
 };
 
+// No streams: they crash on numbers where a process holds two C++ runtimes.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw BadArgument{text.str()};
+  throw BadArgument{(to_text(parts) + ...)};
 }
-
-// A parameter's name; put together only where an error needs it.
-struct Name {
-  const char* text;
-  int index = -1;  // which destination, where there are several
-
-  friend std::ostream& operator<<(std::ostream& os, const Name& name) {
-    os << name.text;
-    return name.index < 0 ? os : os << name.index;
-  }
-};
 
 constexpr const char* kSrcName[kNumFields] = {
     "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",

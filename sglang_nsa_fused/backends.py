@@ -100,7 +100,7 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
 
     @functools.lru_cache(None)
     def engine(device_type: str) -> Engine:
-        """Decided once per process, at the first capture, when logging works and the device is known."""
+        """Decided once per process, before the first capture: by then logging works and the device is known."""
         chosen = select(device_type)
         if chosen.name == "reference":
             _refuse(f"no kernel for {device_type} ({chosen.reason}); metadata is copied tensor by tensor", settings)
@@ -111,9 +111,12 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
         )
         return chosen
 
+    def device_engine(backend) -> Engine:
+        return engine(torch.device(backend.device).type)
+
     def capture(mode: int, backends: list, bs: int) -> Optional[Replay]:
         try:
-            return Replay(release, module, mode, backends, bs, engine(torch.device(backends[0].device).type))
+            return Replay(release, module, mode, backends, bs, device_engine(backends[0]))
         except (TypeError, ValueError) as error:
             _refuse(f"batch size {bs} keeps upstream's replay: {error}", settings)
             return None
@@ -122,6 +125,7 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
         def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
             super().init_cuda_graph_state(max_bs, max_num_tokens)
             self._replays = {}
+            device_engine(self)
 
         def init_forward_metadata_capture_cuda_graph(
             self, bs, num_tokens, req_pool_indices, seq_lens, encoder_lens, forward_mode, spec_info

@@ -179,5 +179,6 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         found[name] = torch.where(live, table[: len(lengths)], -1)
     if metadata.flashmla_metadata is not None:
         found["flashmla_num_splits"] = metadata.flashmla_metadata.num_splits.clone()
-        found["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata.clone()
+        # Columns 5 to 7 are padding that FlashMLA's planner leaves as the allocator had it.
+        found["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata[:, :5].clone()
     return found

@@ -31,11 +31,11 @@ using Args = std::array<Arg, kUpstreamFields>;
 View read(const Arg& arg, int f, Name name, std::optional<at::Device>& device) {
   if (!arg.tensor) return {};
   const at::Tensor& t = *arg.tensor;
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, name, ": expected dtype int32, got ",
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, to_text(name), ": expected dtype int32, got ",
                    c10::getDtypeNames(t.scalar_type()).first);
-  TORCH_CHECK_VALUE(device || t.is_cuda(), name, ": expected a CUDA tensor, got one on ", t.device());
+  TORCH_CHECK_VALUE(device || t.is_cuda(), to_text(name), ": expected a CUDA tensor, got one on ", t.device());
   if (!device) device = t.device();
-  TORCH_CHECK_VALUE(t.device() == *device, name, ": expected a tensor on ", *device,
+  TORCH_CHECK_VALUE(t.device() == *device, to_text(name), ": expected a tensor on ", *device,
                     " as those before it, got one on ", t.device());
   return make_view(f, name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
 }

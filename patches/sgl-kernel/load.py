@@ -1,6 +1,7 @@
 """Builds the in-tree kernel alone, without the rest of sgl-kernel: for tests and benchmarks."""
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch.utils.cpp_extension import load
 
+HERE = Path(__file__).resolve().parent
 NAME = "nsa_fused_sgl_kernel"  # as in torch_extension.cu
 
 
@@ -18,8 +20,10 @@ def load_extension(verbose: bool = False) -> SimpleNamespace:
     Built by nvcc on the first call, for TORCH_CUDA_ARCH_LIST, or for sm_90 where that is not set.
     """
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
-    source = Path(__file__).resolve().with_name("torch_extension.cu")
-    load(NAME, [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False, verbose=verbose)
+    # The build follows no includes: a kernel that changed must change the command line.
+    kernel = hashlib.sha256((HERE / "csrc/attention/fused_metadata_copy.cu").read_bytes()).hexdigest()
+    flags = ["-O3", f"-DNSA_FUSED_KERNEL={kernel}"]
+    load(NAME, [str(HERE / "torch_extension.cu")], extra_cuda_cflags=flags, is_python_module=False, verbose=verbose)
     ops = getattr(torch.ops, NAME)
     return SimpleNamespace(
         fused_metadata_copy_cuda=ops.fused_metadata_copy_cuda.default,

@@ -63,35 +63,31 @@ static_assert(sizeof(CopyParams<kMaxDestinations>) <= 4096, "kernel parameters m
 // types: tvm-ffi's and torch's forms share it.
 
 #include <algorithm>
-#include <ostream>
-#include <sstream>
 #include <string>
 #include <vector>
 
 namespace nsa_fused {
+
+// A parameter's name; put together only where an error needs it.
+struct Name {
+  const char* text;
+  int index = -1;  // which destination, where there are several
+};
+
+inline std::string to_text(const std::string& text) { return text; }
+inline std::string to_text(int64_t number) { return std::to_string(number); }
+inline std::string to_text(Name name) { return name.text + (name.index < 0 ? "" : std::to_string(name.index)); }
 
 // What is wrong with an argument; bindings turn it into Python's ValueError.
 struct BadArgument {
   std::string text;
 };
 
+// No streams: they crash on numbers where a process holds two C++ runtimes.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw BadArgument{text.str()};
+  throw BadArgument{(to_text(parts) + ...)};
 }
-
-// A parameter's name; put together only where an error needs it.
-struct Name {
-  const char* text;
-  int index = -1;  // which destination, where there are several
-
-  friend std::ostream& operator<<(std::ostream& os, const Name& name) {
-    os << name.text;
-    return name.index < 0 ? os : os << name.index;
-  }
-};
 
 constexpr const char* kSrcName[kNumFields] = {
     "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
@@ -386,11 +382,11 @@ using Args = std::array<Arg, kUpstreamFields>;
 View read(const Arg& arg, int f, Name name, std::optional<at::Device>& device) {
   if (!arg.tensor) return {};
   const at::Tensor& t = *arg.tensor;
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, name, ": expected dtype int32, got ",
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, to_text(name), ": expected dtype int32, got ",
                    c10::getDtypeNames(t.scalar_type()).first);
-  TORCH_CHECK_VALUE(device || t.is_cuda(), name, ": expected a CUDA tensor, got one on ", t.device());
+  TORCH_CHECK_VALUE(device || t.is_cuda(), to_text(name), ": expected a CUDA tensor, got one on ", t.device());
   if (!device) device = t.device();
-  TORCH_CHECK_VALUE(t.device() == *device, name, ": expected a tensor on ", *device,
+  TORCH_CHECK_VALUE(t.device() == *device, to_text(name), ": expected a tensor on ", *device,
                     " as those before it, got one on ", t.device());
   return make_view(f, name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
 }
