@@ -18,6 +18,7 @@ from benchmarks import record
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
 from sglang_nsa_fused.settings import Settings
 
+CYCLES_PER_US = 1980  # of an H100 at its highest clock; at a lower one the backlog is longer
 WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens
 
 
@@ -89,10 +90,10 @@ def host_us(run: Callable, calls: int = 40) -> float:
     return (time.perf_counter_ns() - start) / calls / 1e3
 
 
-def gpu_us(run: Callable, calls: int) -> float:
-    """Behind a backlog, so that the GPU never waits for the host."""
+def gpu_us(run: Callable, calls: int, host_us: float) -> float:
+    """Behind a backlog of twice the time that the host takes for these calls, so that the GPU never waits for it."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(4_000_000 + 400_000 * calls)
+    torch.cuda._sleep(int(CYCLES_PER_US * (2 * calls * host_us + 500)))
     start.record()
     for _ in range(calls):
         run()
@@ -112,7 +113,7 @@ def copy_rate() -> float:
     """Bytes per microsecond of the device-to-device copy, counting bytes read and written."""
     source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    times = [gpu_us(lambda: target.copy_(source), 4) for _ in range(10)]
+    times = [gpu_us(lambda: target.copy_(source), 4, host_us=20) for _ in range(10)]
     return 2 * 4 * source.numel() / statistics.median(times)
 
 
@@ -127,8 +128,9 @@ def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]
     for _ in range(repeats):
         order.append(order.pop(0))
         for side in order:
-            found["host_us"][side].append(host_us(sides[side]))
-            found["gpu_us"][side].append(gpu_us(sides[side], calls))
+            host = host_us(sides[side])
+            found["host_us"][side].append(host)
+            found["gpu_us"][side].append(gpu_us(sides[side], calls, host))
     found["launches"] = {side: [launches(run)] for side, run in sides.items()}
     return found
 

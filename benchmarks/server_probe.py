@@ -2,7 +2,7 @@
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
 clock for all processes); "bs", the captured batch size; "len", the longest sequence in tokens; "ns", its duration;
-"precompute_ns", what of it precomputed the metadata. While a file of that name with ".drafts" exists, it also appends
+"precompute_ns", what of it precomputed the metadata; "schedule_ns", what of it computed DeepGEMM's schedules. While a file of that name with ".drafts" exists, it also appends
 the draft tokens of each step, since output ids do not tell wrong draft metadata: the target model corrects it.
 """
 
@@ -18,12 +18,13 @@ MODULE = "sglang.srt.layers.attention.nsa_backend"
 REPLAY = f"{MODULE}.NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph"
 PRECOMPUTE = f"{MODULE}.NativeSparseAttnBackend._precompute_replay_metadata"
 DRAFT = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner.replay"
+SCHEDULE = "deep_gemm.get_paged_mqa_logits_metadata"
 WEIGHTS = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 FILE = "SERVER_PROBE_FILE"
 PERIOD = 0.5  # seconds between writes
 
 _samples = collections.deque()  # its append and popleft need no lock
-_precompute_ns = 0  # of the replay under way
+_spent = {"precompute_ns": 0, "schedule_ns": 0}  # of the replay under way
 _keeps_drafts = False
 
 
@@ -35,7 +36,8 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(REPLAY, timed, HookType.AROUND)
-    HookRegistry.register(PRECOMPUTE, precompute, HookType.AROUND)
+    HookRegistry.register(PRECOMPUTE, part("precompute_ns"), HookType.AROUND)
+    HookRegistry.register(SCHEDULE, part("schedule_ns"), HookType.AROUND)
     HookRegistry.register(DRAFT, draft, HookType.AROUND)
     HookRegistry.register(WEIGHTS, random_weights, HookType.REPLACE)
 
@@ -55,24 +57,26 @@ def random_weights(model, *args, **kwargs) -> None:
 
 
 def timed(replay, backend, forward_batch, bs):
-    global _precompute_ns
-    _precompute_ns = 0
+    for part in _spent:
+        _spent[part] = 0
     start = time.perf_counter_ns()
     result = replay(backend, forward_batch, bs)
     end = time.perf_counter_ns()
     lengths = forward_batch.seq_lens_cpu
     longest = None if lengths is None else int(lengths.max())
-    _samples.append({"at": start, "bs": bs, "len": longest, "ns": end - start, "precompute_ns": _precompute_ns})
+    _samples.append({"at": start, "bs": bs, "len": longest, "ns": end - start, **_spent})
     _start_writer()
     return result
 
 
-def precompute(original, *args, **kwargs):
-    global _precompute_ns
-    start = time.perf_counter_ns()
-    result = original(*args, **kwargs)
-    _precompute_ns = time.perf_counter_ns() - start
-    return result
+def part(name: str):
+    def spend(original, *args, **kwargs):
+        start = time.perf_counter_ns()
+        result = original(*args, **kwargs)
+        _spent[name] += time.perf_counter_ns() - start
+        return result
+
+    return spend
 
 
 def draft(replay, *args, **kwargs):
