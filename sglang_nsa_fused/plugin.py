@@ -29,10 +29,10 @@ def activate() -> None:
 
 def install(settings) -> None:
     """Replaces upstream's two classes through sglang's hook registry. Raises Unsupported."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     release, version = find_release()
     module = import_backend(release)
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     from sglang_nsa_fused.backends import subclasses
 
     backend, multi_step = subclasses(release, module, version, settings)

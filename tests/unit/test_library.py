@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sglang_nsa_fused import kernels, reference
+from sglang_nsa_fused.kernels import library as load_library
 
 
 def library_path() -> str:
-    kernels.library()
+    load_library()
     with open("/proc/self/maps") as maps:
         return next(line.split()[-1] for line in maps if line.rstrip().endswith("libnsa_fused.so"))
 
