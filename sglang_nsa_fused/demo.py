@@ -95,7 +95,7 @@ def _compare(sides: list[Side], bs: int, live: torch.Tensor, stale_schedule: boo
 def _operations(side: Side, batch, device: str) -> int:
     """Kernels and copies of one replay on a GPU; on a CPU torch's operations and each call of the native library."""
     if device == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             bare.replay(side.multi, batch)
             torch.cuda.synchronize()
         return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
