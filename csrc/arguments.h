@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "copy_plan.h"
+#include "checks.h"
 
 namespace nsa_fused {
 
@@ -25,21 +25,46 @@ class Reader {
  public:
   explicit Reader(std::optional<DLDevice> device = std::nullopt) : device_(device) {}
 
-  View operator()(ffi::AnyView arg, int f, Name name) {
+  // An int32 tensor.
+  View operator()(ffi::AnyView arg, Form form, Name name) {
     if (arg.type_index() == ffi::TypeIndex::kTVMFFINone) return View{};
-    const auto tensor = arg.try_cast<ffi::TensorView>();
-    if (!tensor) TVM_FFI_THROW(TypeError) << to_text(name) << ": expected an int32 tensor, got " << arg.GetTypeKey();
-    const ffi::TensorView& t = *tensor;
-    if (t.dtype().code != kDLInt || t.dtype().bits != 32 || t.dtype().lanes != 1)
-      TVM_FFI_THROW(TypeError) << to_text(name) << ": expected dtype int32, got " << ffi::DLDataTypeToString(t.dtype());
-    check_device(t.device(), name);
-    auto* data = reinterpret_cast<int32_t*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
-    return make_view(f, name, data, t.ndim(), t.shape().data(), t.strides().data());
+    const ffi::TensorView tensor = to_tensor(arg, name, "an int32 tensor");
+    if (!is_int(tensor, 32)) refuse_dtype(tensor, name, "int32");
+    return view(tensor, form, name);
+  }
+
+  // A vector of int32 or int64, and which of the two; its columns count elements.
+  std::pair<View, bool> integers(ffi::AnyView arg, Name name) {
+    const ffi::TensorView tensor = to_tensor(arg, name, "an int32 or int64 tensor");
+    if (!is_int(tensor, 32) && !is_int(tensor, 64)) refuse_dtype(tensor, name, "int32 or int64");
+    return {view(tensor, Form::kVector, name), is_int(tensor, 64)};
   }
 
   DLDevice device() const { return *device_; }
 
  private:
+  static ffi::TensorView to_tensor(ffi::AnyView arg, Name name, const char* expected) {
+    const auto tensor = arg.try_cast<ffi::TensorView>();
+    if (!tensor) TVM_FFI_THROW(TypeError) << to_text(name) << ": expected " << expected << ", got " << arg.GetTypeKey();
+    return *tensor;
+  }
+
+  static bool is_int(const ffi::TensorView& t, int bits) {
+    return t.dtype().code == kDLInt && t.dtype().bits == bits && t.dtype().lanes == 1;
+  }
+
+  [[noreturn]] static void refuse_dtype(const ffi::TensorView& t, Name name, const char* expected) {
+    TVM_FFI_THROW(TypeError) << to_text(name) << ": expected dtype " << expected << ", got "
+                             << ffi::DLDataTypeToString(t.dtype());
+    TVM_FFI_UNREACHABLE();
+  }
+
+  View view(const ffi::TensorView& t, Form form, Name name) {
+    check_device(t.device(), name);
+    auto* data = reinterpret_cast<int32_t*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
+    return make_view(form, name, data, t.ndim(), t.shape().data(), t.strides().data());
+  }
+
   void check_device(DLDevice device, Name name) {
     if (!device_) {
       if (device.device_type != kDLCPU && device.device_type != kDLCUDA)

@@ -2,17 +2,21 @@
 #include <tvm/ffi/function.h>
 
 #include <memory>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
 #include "copy_plan.h"
 #include "cpu.h"
+#include "generate_plan.h"
 
 #ifdef NSA_FUSED_CUDA_ARCHS
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 
 #include "copy.cuh"
+#include "generate.cuh"
 #endif
 
 namespace nsa_fused {
@@ -27,6 +31,14 @@ void check_count(ffi::PackedArgs args, int expected, const char* function) {
     TVM_FFI_THROW(TypeError) << function << ": expected " << expected << " arguments, got " << args.size();
 }
 
+#ifndef NSA_FUSED_CUDA_ARCHS
+[[noreturn]] void refuse_cuda(const char* name, DLDevice device) {
+  TVM_FFI_THROW(RuntimeError) << name << ": on " << to_string(device)
+                              << ", but this library was built without CUDA; build it where nvcc is";
+  TVM_FFI_UNREACHABLE();
+}
+#endif
+
 // A plan and the device of its tensors.
 struct Copy {
   CopyPlan plan;
@@ -39,7 +51,7 @@ struct Copy {
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < num_fields; ++f)
         if (is_written(f, mode))
-          dst[d * kNumFields + f] = read(args[d * num_fields + f], f, dst_name(f, d, num_dst));
+          dst[d * kNumFields + f] = read(args[d * num_fields + f], form_of(f), dst_name(f, d, num_dst));
     CopyPlan plan(mode, dst.data(), num_dst);  // before the device is asked for: at least one tensor was given
     return {std::move(plan), read.device()};
   }
@@ -51,7 +63,7 @@ struct Copy {
     View src[kNumFields];
     Reader read(device);
     for (int f = 0; f < num_fields; ++f)
-      if (is_written(f, plan.mode())) src[f] = read(args[f], f, src_name(f));
+      if (is_written(f, plan.mode())) src[f] = read(args[f], form_of(f), src_name(f));
 
     if (device.device_type == kDLCPU) {
       CopyParams<kMaxDestinations> params;
@@ -62,8 +74,7 @@ struct Copy {
     constexpr int kFew = 4;  // a quarter of the parameter bytes, for the usual number of draft steps
     plan.num_dst() <= kFew ? launch<kFew>(src, sizes) : launch<kMaxDestinations>(src, sizes);
 #else
-    TVM_FFI_THROW(RuntimeError) << "cache_seqlens_src: on " << to_string(device)
-                                << ", but this library was built without CUDA; build it where nvcc is";
+    refuse_cuda("cache_seqlens_src", device);
 #endif
   }
 
@@ -76,6 +87,58 @@ struct Copy {
     ffi::CUDADeviceGuard guard(device.device_id);
     const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
     TVM_FFI_CHECK_CUDA_ERROR(launch_copy(params, stream));
+  }
+#endif
+};
+
+// A plan, the device of its tensors, and what their launch depends on.
+struct Generate {
+  GeneratePlan plan;
+  DLDevice device;
+  int64_t live_cols;
+  int num_sms = 1;
+
+  explicit Generate(GeneratePlan made, DLDevice device)
+      : plan(std::move(made)), device(device), live_cols(plan.live_cols()) {
+#ifdef NSA_FUSED_CUDA_ARCHS
+    if (device.device_type == kDLCUDA)
+      TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.device_id));
+#endif
+  }
+
+  // args: seq_lens, req_pool_indices, extend_lens or None, bs
+  void operator()(ffi::PackedArgs args) const {
+    Batch batch;
+    Reader read(device);
+    std::tie(batch.seq_lens.view, batch.seq_lens.is_64) = read.integers(args[0], {"seq_lens"});
+    std::tie(batch.req_pool_indices.view, batch.req_pool_indices.is_64) = read.integers(args[1], {"req_pool_indices"});
+    batch.extend_lens = read(args[2], Form::kVector, {"extend_lens"});
+    batch.bs = read_size(args[3], "bs");
+    plan.check(batch);
+    if (batch.bs == 0) return;
+    if (device.device_type == kDLCPU) {
+      GenerateParams<kMaxDestinations> params;
+      plan.pack(batch, &params);
+      generate_cpu(params);
+      return;
+    }
+#ifdef NSA_FUSED_CUDA_ARCHS
+    plan.num_dst() == 1 ? launch<1>(batch) : launch<kMaxDestinations>(batch);
+#else
+    refuse_cuda("seq_lens", device);
+#endif
+  }
+
+#ifdef NSA_FUSED_CUDA_ARCHS
+ private:
+  template <int kCapacity>
+  void launch(const Batch& batch) const {
+    GenerateParams<kCapacity> params;
+    plan.pack(batch, &params);
+    params.splits = splits_for(batch.bs, live_cols, num_sms);
+    ffi::CUDADeviceGuard guard(device.device_id);
+    const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+    TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, stream));
   }
 #endif
 };
@@ -136,6 +199,42 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
       [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
 }
 
+// (forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, req_to_token, num_splits or None,
+// tile_metadata or None, and for each destination its length offset and 11 tensors or None) -> a function that
+// generates them: (seq_lens, req_pool_indices, extend_lens or None, bs)
+void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
+  constexpr int kFirst = 10, kEach = 1 + kNumGenerated;
+  if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
+    TVM_FFI_THROW(TypeError) << "generate_plan: expected " << kFirst << " arguments and " << kEach
+                             << " for each destination, got " << args.size();
+  const Mode mode = to_mode(read_size(args[0], "forward_mode"));
+  const GenerateSizes sizes{read_size(args[1], "bs"),
+                            read_size(args[2], "rows"),
+                            read_size(args[3], "num_draft_tokens"),
+                            read_size(args[4], "nsa_index_topk"),
+                            read_size(args[5], "page_size"),
+                            read_size(args[6], "segment_len")};
+  Reader read;
+  const View req_to_token = read(args[7], Form::kTable, {"req_to_token"});
+  const View num_splits = read(args[8], Form::kVector, {"flashmla_num_splits"});
+  const View tile_metadata = read(args[9], Form::kWhole, {"flashmla_metadata"});
+  const int num_dst = (args.size() - kFirst) / kEach;
+  std::vector<GeneratePlan::Destination> dst(num_dst);
+  for (int d = 0; d < num_dst; ++d) {
+    const ffi::PackedArgs of = args.Slice(kFirst + d * kEach);
+    dst[d].len_offset = read_size(of[0], "len_offset");
+    for (int f = 0; f < kNumGenerated; ++f) dst[d].field[f] = read(of[1 + f], form_of(f), dst_name(f, d, num_dst));
+  }
+  GeneratePlan plan(mode, sizes, req_to_token, num_splits, tile_metadata, std::move(dst));
+  const auto generate = std::make_shared<const Generate>(std::move(plan), read.device());
+  const auto replay = [generate](ffi::PackedArgs args, ffi::Any*) {
+    check_count(args, 4, "generate");
+    (*generate)(args);
+  };
+  *result = ffi::Function::FromPacked(
+      [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+}
+
 // The GPU architectures compiled in, such as "sm_90 compute_121"; empty without CUDA.
 ffi::String cuda_archs() {
 #ifdef NSA_FUSED_CUDA_ARCHS
@@ -160,4 +259,5 @@ ffi::String cuda_archs() {
 NSA_FUSED_EXPORT_PACKED(fused_metadata_copy)
 NSA_FUSED_EXPORT_PACKED(fused_metadata_copy_multi)
 NSA_FUSED_EXPORT_PACKED(copy_plan)
+NSA_FUSED_EXPORT_PACKED(generate_plan)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_archs, nsa_fused::cuda_archs)

@@ -2,90 +2,20 @@
 // types: tvm-ffi's and torch's forms share it.
 #pragma once
 
-#include <algorithm>
-#include <string>
-#include <vector>
-
+#include "checks.h"
+#include "fields.h"
 #include "params.h"
 
 namespace nsa_fused {
-
-// A parameter's name; put together only where an error needs it.
-struct Name {
-  const char* text;
-  int index = -1;  // which destination, where there are several
-};
-
-inline std::string to_text(const std::string& text) { return text; }
-inline std::string to_text(int64_t number) { return std::to_string(number); }
-inline std::string to_text(Name name) { return name.text + (name.index < 0 ? "" : std::to_string(name.index)); }
-
-// What is wrong with an argument; bindings turn it into Python's ValueError.
-struct BadArgument {
-  std::string text;
-};
-
-// No streams: they crash on numbers where a process holds two C++ runtimes.
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  throw BadArgument{(to_text(parts) + ...)};
-}
 
 constexpr const char* kSrcName[kNumFields] = {
     "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
     "seqlens_expanded_src",  "nsa_cu_seqlens_k_src",   "real_page_table_src", "flashmla_num_splits_src",
     "flashmla_metadata_src", "paged_mqa_schedule_src"};
-constexpr const char* kDstName[kNumFields] = {
-    "cache_seqlens_dst",     "cu_seqlens_k_dst",       "page_table_1_dst",    "nsa_cache_seqlens_dst",
-    "seqlens_expanded_dst",  "nsa_cu_seqlens_k_dst",   "real_page_table_dst", "flashmla_num_splits_dst",
-    "flashmla_metadata_dst", "paged_mqa_schedule_dst"};
-
 inline Name src_name(int f) { return {kSrcName[f]}; }
-inline Name dst_name(int f, int d, int num_dst) { return {kDstName[f], num_dst > 1 ? d : -1}; }
 
-constexpr bool is_table(int f) { return f == kPageTable1 || f == kRealPageTable; }
-constexpr bool is_opaque(int f) { return f == kTileMetadata || f == kSchedule; }  // copied whole, whatever its shape
-constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || is_opaque(f); }
+constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || form_of(f) == Form::kWhole; }
 constexpr bool is_written(int f, Mode mode) { return f != kSeqlensExpanded || mode != Mode::kDecode; }
-constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }
-
-// An int32 tensor as rows of cols elements; a vector is one row.
-struct View {
-  bool given = false;
-  int32_t* data = nullptr;
-  int64_t rows = 0, cols = 0, pitch = 0;
-
-  const int32_t* begin() const { return data; }
-  const int32_t* end() const { return rows && cols ? data + (rows - 1) * pitch + cols : data; }
-  bool same_memory(const View& o) const {
-    return data == o.data && rows == o.rows && cols == o.cols && (rows <= 1 || pitch == o.pitch);
-  }
-};
-
-inline View make_view(int f, Name name, int32_t* data, int ndim, const int64_t* shape, const int64_t* strides) {
-  if (is_opaque(f)) {
-    int64_t numel = 1;
-    for (int i = ndim - 1; i >= 0; numel *= shape[i--])
-      if (shape[i] > 1 && strides[i] != numel) refuse(name, ": expected a contiguous tensor, got one with gaps");
-    return {true, data, 1, numel, numel};
-  }
-  const int expected = is_table(f) ? 2 : 1;
-  if (ndim != expected) refuse(name, ": expected ", expected, expected == 1 ? " dimension" : " dimensions", ", got ", ndim);
-  const int64_t rows = ndim == 2 ? shape[0] : 1, cols = shape[ndim - 1];
-  if (cols > 1 && strides[ndim - 1] != 1) refuse(name, ": expected last stride 1, got ", strides[ndim - 1]);
-  return {true, data, rows, cols, rows > 1 ? strides[0] : cols};
-}
-
-// Whether two views have an element in common: their rows in order of address, side by side.
-inline bool overlap(const View& a, const View& b) {
-  if (a.begin() >= b.end() || b.begin() >= a.end()) return false;
-  for (int64_t i = 0, j = 0; i < a.rows && j < b.rows;) {
-    const int32_t *x = a.data + i * a.pitch, *y = b.data + j * b.pitch;
-    if (x < y + b.cols && y < x + a.cols) return true;
-    x < y ? ++i : ++j;
-  }
-  return false;
-}
 
 struct Sizes {
   int64_t bs, max_len, max_seqlen_k, seqlens_expanded_size;
@@ -107,7 +37,7 @@ class CopyPlan {
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < kNumFields; ++f)
         if (is_written(f, mode)) add(dst[d * kNumFields + f], f, d);
-    check_apart();
+    written_.check_apart([this](int f, int d) { return name(f, d); });
   }
 
   Mode mode() const { return mode_; }
@@ -149,21 +79,15 @@ class CopyPlan {
       }
       field.end_tile = static_cast<int32_t>(tiles);
     }
-    for (const Written& w : written_) {
+    for (const Written::Tensor& w : written_) {
       const int at = params->field[w.f].num_dst++;
       params->dst[w.f][at] = w.view.data + first_element(w.f);
-      params->dst_pitch[w.f][at] = is_table(w.f) ? w.view.pitch : 0;
+      params->dst_pitch[w.f][at] = form_of(w.f) == Form::kTable ? w.view.pitch : 0;
     }
     return tiles > 0;
   }
 
  private:
-  struct Written {
-    View view;
-    int f, d;
-    const int32_t* reach;  // the highest end of this one and of all that begin before it
-  };
-
   Name name(int f, int d) const { return dst_name(f, d, num_dst_); }
 
   void add(const View& view, int f, int d) {
@@ -171,24 +95,11 @@ class CopyPlan {
     if (d > 0 && view.given != dst_[f][0].given)
       refuse(name(f, d), ": expected ", view.given ? "None" : "a tensor", " as for ", name(f, 0), ", got ",
              view.given ? "a tensor" : "None");
-    if (view.rows > 1 && view.pitch < view.cols)
-      refuse(name(f, d), ": expected rows apart, got a row stride of ", view.pitch, " for ", view.cols, " columns");
+    check_rows_apart(view, name(f, d));
     dst_[f][d] = view;
     // Step backends may share a tensor, as upstream's cache_seqlens up to 0.5.13: it is written once.
     const auto same = [&](const View& earlier) { return earlier.same_memory(view); };
-    if (view.given && std::none_of(dst_[f], dst_[f] + d, same)) written_.push_back({view, f, d, nullptr});
-  }
-
-  void check_apart() {
-    std::sort(written_.begin(), written_.end(),
-              [](const Written& a, const Written& b) { return a.view.begin() < b.view.begin(); });
-    const int32_t* reach = nullptr;
-    for (auto w = written_.begin(); w != written_.end(); ++w) {
-      for (auto v = w; v != written_.begin() && (--v)->reach > w->view.begin();)
-        if (overlap(v->view, w->view))
-          refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps ", name(v->f, v->d));
-      w->reach = reach = std::max(reach, w->view.end());
-    }
+    if (view.given && std::none_of(dst_[f], dst_[f] + d, same)) written_.add(view, f, d);
   }
 
   // The shape that moves; element 0 of cumulative lengths counts.
@@ -212,31 +123,20 @@ class CopyPlan {
   void check_pair(int f, const View& src, const View& need) const {
     if (!src.given) refuse(src_name(f), ": expected an int32 tensor as its destination is given, got None");
     if (!dst_[f][0].given) refuse(Name{kDstName[f]}, ": expected an int32 tensor as its source is given, got None");
-    check_fits(src, need, f, src_name(f));
-    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, f, name(f, d));
+    check_fits(src, need, form_of(f), src_name(f));
+    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, form_of(f), name(f, d));
     // A source may be its own destination (upstream's cache_seqlens is), and nothing else that is written.
-    auto w = std::lower_bound(written_.begin(), written_.end(), src.end(),
-                              [](const Written& a, const int32_t* end) { return a.view.begin() < end; });
-    while (w != written_.begin() && (--w)->reach > src.begin()) {
-      const bool itself = w->f == f && w->view.data == src.data && (need.rows <= 1 || w->view.pitch == src.pitch);
-      if (!itself && overlap(src, w->view))
-        refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
-    }
-  }
-
-  static void check_fits(const View& view, const View& need, int f, Name name) {
-    if (view.rows >= need.rows && view.cols >= need.cols) return;
-    const auto shape = [f](const View& v) {
-      const std::string cols = std::to_string(v.cols);
-      return is_table(f) ? "[" + std::to_string(v.rows) + ", " + cols + "]" : "[" + cols + "]";
+    const auto itself = [&](const Written::Tensor& w) {
+      return w.f == f && w.view.data == src.data && (need.rows <= 1 || w.view.pitch == src.pitch);
     };
-    refuse(name, ": expected a shape of at least ", shape(need), ", got ", shape(view));
+    if (const auto* w = written_.conflict(src, itself))
+      refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
   }
 
   Mode mode_;
   int num_dst_;
   View dst_[kNumFields][kMaxDestinations];
-  std::vector<Written> written_;  // by address, each tensor once
+  Written written_;
 };
 
 }  // namespace nsa_fused

@@ -23,7 +23,9 @@ enum Field {
   kNumSplits,        // [n + 1], FlashMLA, optional
   kTileMetadata,     // [num_sm_parts, 8], FlashMLA, optional
   kSchedule,         // [num_sms + 1, 2], DeepGEMM paged MQA logits, optional
-  kNumFields
+  kNumFields,
+  kContextLens2d = kNumFields,  // [n, 1], as DeepGEMM takes lengths; generated, never copied
+  kNumGenerated
 };
 
 // A block of rows that goes from one source to num_dst destinations. Only tables have more than one row.

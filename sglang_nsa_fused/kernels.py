@@ -15,6 +15,8 @@ class Engine(NamedTuple):
     name: str  # "native", "sgl_kernel" or "reference"
     copy_plan: Callable  # (mode, destinations) -> function of 10 sources, bs, max_len, max_seqlen_k, expanded size
     reason: str = ""  # why nothing better was chosen
+    # (mode, Values, destinations) -> function of seq_lens, req_pool_indices, extend_lens, bs; None: it only copies
+    generate_plan: Optional[Callable] = None
 
 
 @functools.lru_cache(None)
@@ -114,6 +116,21 @@ def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tenso
     return copy
 
 
+def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
+    generate = library().generate_plan(
+        mode,
+        *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size, values.segment_len),
+        *(values.req_to_token, values.num_splits, values.tile_metadata),
+        *(
+            argument
+            for offset, destination in zip(values.len_offsets or (0,) * len(destinations), destinations)
+            for argument in (offset, *destination)
+        ),
+    )
+    generate.release_gil = False
+    return generate
+
+
 def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
     from sgl_kernel import fused_metadata_copy_cuda as copy_one
 
@@ -140,7 +157,7 @@ def select(device_type: str) -> Engine:
         except Exception as error:  # the reason is handed on: the caller warns, or ends the process
             reasons.append(f"{name}: {error}")
         else:
-            return Engine(name, copy_plan, "; ".join(reasons))
+            return Engine(name, copy_plan, "; ".join(reasons), _native_generate_plan if name == "native" else None)
     return Engine("reference", reference.copy_plan, "; ".join(reasons))
 
 

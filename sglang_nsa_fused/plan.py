@@ -1,43 +1,77 @@
 """The destinations of one captured batch size, checked and packed once at capture."""
 
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from sglang_nsa_fused.kernels import Engine, select
 
 
+class Values(NamedTuple):
+    """What generated metadata is made from besides the batch."""
+
+    req_to_token: torch.Tensor  # int32 [slots, columns], the runner's pool
+    bs: int  # captured requests
+    rows: int  # captured rows: bs in decode, bs * num_draft_tokens in target verify
+    num_draft_tokens: int  # rows of a request in target verify, and in draft extend without extend_lens
+    nsa_index_topk: int
+    page_size: int
+    segment_len: int = 0  # tokens that DeepGEMM schedules as one; 0: no destination holds a schedule
+    num_splits: Optional[torch.Tensor] = None  # int32 [rows + 1], FlashMLA's for this number of rows
+    tile_metadata: Optional[torch.Tensor] = None  # int32 [num_sm_parts, 8]
+    len_offsets: tuple[int, ...] = ()  # added to the lengths of each destination; none: 0
+
+
 class ReplayPlan:
-    """Copies precomputed metadata to 1 to 16 step backends in one launch.
+    """Refreshes the metadata of 1 to 16 step backends in one launch: copied, or generated where `values` are given.
 
     mode: 0 decode, 1 target verify, 2 draft extend.
     destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
-        destinations, then paged_mqa_schedule. All on one device, each in its own memory; a tensor that several
-        backends share in the same place is written once. Kept alive by the plan.
-    engine: what carries the copy out; None: the best for their device.
+        destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
+        [rows, 1], and any may be None. All on one device, each in its own memory; a tensor that several backends
+        share in the same place is written once. Kept alive by the plan.
+    engine: what carries it out; None: the best for their device.
 
     Raises TypeError or ValueError, naming the parameter and the destination's number, for tensors that do not fit.
     """
 
-    __slots__ = ("mode", "destinations", "copy")
+    __slots__ = ("mode", "destinations", "values", "copy", "generate")
 
     copy: Callable
     """(10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size): raises as `fused_metadata_copy_cuda`,
-    before anything is written. An attribute and not a method: a replay pays for one call, not two."""
+    before anything is written. An attribute and not a method, as the next: a replay pays for one call, not two."""
+
+    generate: Callable
+    """(seq_lens, req_pool_indices, extend_lens, bs): seq_lens and req_pool_indices int32 or int64 [>= bs], extend_lens
+    int32 [>= bs] or None. Cumulative lengths begin with 0; table rows are written as far as their request's cache
+    length, and never beyond the table. Raises TypeError or ValueError before the launch. A slot outside req_to_token or
+    more rows than captured, which only the device sees, trap there, as in upstream's indexing."""
 
     def __init__(
         self,
         mode: int,
         destinations: Sequence[Sequence[Optional[torch.Tensor]]],
         engine: Optional[Engine] = None,
+        values: Optional[Values] = None,
     ):
         if not 1 <= len(destinations) <= 16:
             raise ValueError(f"destinations: expected 1 to 16, got {len(destinations)}")
+        count = 10 if values is None else 11
         for number, destination in enumerate(destinations):
-            if len(destination) != 10:
-                raise ValueError(f"destinations: expected 10 tensors or None each, got {len(destination)} in {number}")
+            if len(destination) != count:
+                raise ValueError(
+                    f"destinations: expected {count} tensors or None each, got {len(destination)} in {number}"
+                )
         self.mode = mode
         self.destinations = [tuple(destination) for destination in destinations]
-        engine = engine or select(destinations[0][0].device.type)
-        self.copy = engine.copy_plan(mode, self.destinations)
+        self.values = values
+        if values is None:
+            self.copy = (engine or select(destinations[0][0].device.type)).copy_plan(mode, self.destinations)
+            return
+        if values.len_offsets and len(values.len_offsets) != len(destinations):
+            raise ValueError(f"len_offsets: expected one for each destination, got {len(values.len_offsets)}")
+        generate_plan = (engine or select(values.req_to_token.device.type)).generate_plan
+        if generate_plan is None:
+            raise ValueError("engine: expected one that generates, which only the native library does")
+        self.generate = generate_plan(mode, values, self.destinations)

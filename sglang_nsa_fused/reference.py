@@ -1,4 +1,6 @@
-"""The copy from plain torch operations: the fallback without the kernel, and the oracle of the tests."""
+"""Both operations from plain torch operations: the fallback without the kernel, and the oracle of the tests."""
+
+import torch
 
 DECODE, TARGET_VERIFY, DRAFT_EXTEND = 0, 1, 2
 
@@ -43,3 +45,55 @@ def copy_plan(mode, destinations):
         copy(mode, args[:10], destinations, *args[10:])
 
     return replay
+
+
+def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens, bs):
+    """Writes what the captured graphs read of these lengths; arguments as those of `ReplayPlan` and its `generate`."""
+    device = seq_lens.device
+    offsets = values.len_offsets or (0,) * len(destinations)
+    each = 1 if mode == DECODE else values.num_draft_tokens
+    counts = torch.full((bs,), each, device=device) if extend_lens is None else extend_lens[:bs].long().clamp(min=0)
+    request = torch.repeat_interleave(torch.arange(bs, device=device), counts)
+    rows = len(request)
+    nth = torch.arange(rows, device=device) - (counts.cumsum(0) - counts)[request]
+    slots = req_pool_indices[:bs].long()[request]
+    for offset, dst in zip(offsets, destinations):
+        lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d = dst
+        cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0) + offset).to(torch.int32)
+        row_lens = (cache[request] - counts[request] + 1 + nth).to(torch.int32)
+        nsa = row_lens.clamp(max=values.nsa_index_topk)
+        columns = (cache + max(offsets) - offset)[request].view(-1, 1)
+        for out, new in ((lengths, cache), (expanded, row_lens), (nsa_lengths, nsa)):
+            if out is not None:
+                out[: len(new)] = new
+        if lengths_2d is not None:
+            lengths_2d.view(-1)[:rows] = row_lens
+        for out, of in ((cu, cache), (nsa_cu, nsa)):
+            if out is not None:
+                out[0] = 0
+                out[1 : len(of) + 1] = torch.cumsum(of, 0, dtype=torch.int32)
+        for out, page in ((table, 1), (pages, values.page_size)):
+            if out is None or rows == 0:
+                continue
+            found = values.req_to_token[slots, ::page][:, : out.shape[1]] // page
+            live = torch.arange(found.shape[1], device=device) * page < columns
+            out[:rows, : found.shape[1]] = torch.where(live, found, out[:rows, : found.shape[1]])
+        if splits is not None:
+            splits[: len(values.num_splits)] = values.num_splits
+        if tiles is not None:
+            tiles.view(-1)[: values.tile_metadata.numel()] = values.tile_metadata.view(-1)
+        if schedule is not None:
+            schedule.copy_(paged_mqa_schedule(row_lens, values.segment_len, len(schedule) - 1))
+
+
+def paged_mqa_schedule(lengths, segment_len, num_sms):
+    """DeepGEMM's schedule, int32 [num_sms + 1, 2]: the row and the segment of segment_len tokens in it where each SM
+    begins, so that all have as many segments. lengths: int32 [rows]."""
+    segments = ((lengths.long() + segment_len - 1) & 0xFFFFFFFF) // segment_len  # unsigned arithmetic, as there
+    ends = segments.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    sm = torch.arange(num_sms + 1, device=lengths.device)
+    first = sm * (total // num_sms) + sm.clamp(max=total % num_sms)
+    row = torch.searchsorted(ends, first, right=True)
+    begins = torch.cat([ends.new_zeros(1), ends])
+    return torch.stack([row, first - begins[row]], 1).to(torch.int32)

@@ -37,7 +37,7 @@ View read(const Arg& arg, int f, Name name, std::optional<at::Device>& device) {
   if (!device) device = t.device();
   TORCH_CHECK_VALUE(t.device() == *device, to_text(name), ": expected a tensor on ", *device,
                     " as those before it, got one on ", t.device());
-  return make_view(f, name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
+  return make_view(form_of(f), name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
 }
 
 void copy(int64_t forward_mode, const Args& src_args, const std::vector<Args>& dst_args, const Sizes& sizes) try {

@@ -34,7 +34,9 @@ enum Field {
   kNumSplits,        // [n + 1], FlashMLA, optional
   kTileMetadata,     // [num_sm_parts, 8], FlashMLA, optional
   kSchedule,         // [num_sms + 1, 2], DeepGEMM paged MQA logits, optional
-  kNumFields
+  kNumFields,
+  kContextLens2d = kNumFields,  // [n, 1], as DeepGEMM takes lengths; generated, never copied
+  kNumGenerated
 };
 
 // A block of rows that goes from one source to num_dst destinations. Only tables have more than one row.
@@ -62,7 +64,10 @@ static_assert(sizeof(CopyParams<kMaxDestinations>) <= 4096, "kernel parameters m
 // The destinations of one copy, checked once, and the sources and sizes of each replay, checked before it. No binding's
 // types: tvm-ffi's and torch's forms share it.
 
+// What both operations check of their arguments. No binding's types: tvm-ffi's and torch's forms share it.
+
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -89,25 +94,9 @@ template <typename... Parts>
   throw BadArgument{(to_text(parts) + ...)};
 }
 
-constexpr const char* kSrcName[kNumFields] = {
-    "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
-    "seqlens_expanded_src",  "nsa_cu_seqlens_k_src",   "real_page_table_src", "flashmla_num_splits_src",
-    "flashmla_metadata_src", "paged_mqa_schedule_src"};
-constexpr const char* kDstName[kNumFields] = {
-    "cache_seqlens_dst",     "cu_seqlens_k_dst",       "page_table_1_dst",    "nsa_cache_seqlens_dst",
-    "seqlens_expanded_dst",  "nsa_cu_seqlens_k_dst",   "real_page_table_dst", "flashmla_num_splits_dst",
-    "flashmla_metadata_dst", "paged_mqa_schedule_dst"};
+enum class Form { kVector, kTable, kWhole };  // kWhole: copied as it lies, whatever its shape
 
-inline Name src_name(int f) { return {kSrcName[f]}; }
-inline Name dst_name(int f, int d, int num_dst) { return {kDstName[f], num_dst > 1 ? d : -1}; }
-
-constexpr bool is_table(int f) { return f == kPageTable1 || f == kRealPageTable; }
-constexpr bool is_opaque(int f) { return f == kTileMetadata || f == kSchedule; }  // copied whole, whatever its shape
-constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || is_opaque(f); }
-constexpr bool is_written(int f, Mode mode) { return f != kSeqlensExpanded || mode != Mode::kDecode; }
-constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }
-
-// An int32 tensor as rows of cols elements; a vector is one row.
+// A tensor as rows of cols 4-byte words; a vector is one row.
 struct View {
   bool given = false;
   int32_t* data = nullptr;
@@ -120,18 +109,32 @@ struct View {
   }
 };
 
-inline View make_view(int f, Name name, int32_t* data, int ndim, const int64_t* shape, const int64_t* strides) {
-  if (is_opaque(f)) {
+inline View make_view(Form form, Name name, int32_t* data, int ndim, const int64_t* shape, const int64_t* strides) {
+  if (form == Form::kWhole) {
     int64_t numel = 1;
     for (int i = ndim - 1; i >= 0; numel *= shape[i--])
       if (shape[i] > 1 && strides[i] != numel) refuse(name, ": expected a contiguous tensor, got one with gaps");
     return {true, data, 1, numel, numel};
   }
-  const int expected = is_table(f) ? 2 : 1;
+  const int expected = form == Form::kTable ? 2 : 1;
   if (ndim != expected) refuse(name, ": expected ", expected, expected == 1 ? " dimension" : " dimensions", ", got ", ndim);
   const int64_t rows = ndim == 2 ? shape[0] : 1, cols = shape[ndim - 1];
   if (cols > 1 && strides[ndim - 1] != 1) refuse(name, ": expected last stride 1, got ", strides[ndim - 1]);
   return {true, data, rows, cols, rows > 1 ? strides[0] : cols};
+}
+
+inline void check_rows_apart(const View& view, Name name) {
+  if (view.rows > 1 && view.pitch < view.cols)
+    refuse(name, ": expected rows apart, got a row stride of ", view.pitch, " for ", view.cols, " columns");
+}
+
+inline void check_fits(const View& view, const View& need, Form form, Name name) {
+  if (view.rows >= need.rows && view.cols >= need.cols) return;
+  const auto shape = [form](const View& v) {
+    const std::string cols = std::to_string(v.cols);
+    return form == Form::kTable ? "[" + std::to_string(v.rows) + ", " + cols + "]" : "[" + cols + "]";
+  };
+  refuse(name, ": expected a shape of at least ", shape(need), ", got ", shape(view));
 }
 
 // Whether two views have an element in common: their rows in order of address, side by side.
@@ -144,6 +147,81 @@ inline bool overlap(const View& a, const View& b) {
   }
   return false;
 }
+
+// The tensors that a launch writes, each once.
+class Written {
+ public:
+  struct Tensor {
+    View view;
+    int f, d;               // field and destination
+    const int32_t* reach;   // the highest end of this one and of all that begin before it
+  };
+
+  void add(const View& view, int f, int d) { tensors_.push_back({view, f, d, nullptr}); }
+
+  // Sorts by address; to be called once, after the last add. name: (f, d) -> Name.
+  template <typename NameOf>
+  void check_apart(const NameOf& name) {
+    std::sort(tensors_.begin(), tensors_.end(),
+              [](const Tensor& a, const Tensor& b) { return a.view.begin() < b.view.begin(); });
+    const int32_t* reach = nullptr;
+    for (auto w = tensors_.begin(); w != tensors_.end(); ++w) {
+      for (auto v = w; v != tensors_.begin() && (--v)->reach > w->view.begin();)
+        if (overlap(v->view, w->view))
+          refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps ", name(v->f, v->d));
+      w->reach = reach = std::max(reach, w->view.end());
+    }
+  }
+
+  // The first tensor that a source shares an element with and may not; null: none. may_share: (Tensor) -> bool.
+  template <typename MayShare>
+  const Tensor* conflict(const View& src, const MayShare& may_share) const {
+    auto w = std::lower_bound(tensors_.begin(), tensors_.end(), src.end(),
+                              [](const Tensor& a, const int32_t* end) { return a.view.begin() < end; });
+    while (w != tensors_.begin() && (--w)->reach > src.begin())
+      if (!may_share(*w) && overlap(src, w->view)) return &*w;
+    return nullptr;
+  }
+
+  auto begin() const { return tensors_.begin(); }
+  auto end() const { return tensors_.end(); }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
+
+}  // namespace nsa_fused
+
+// Names and forms of the metadata tensors.
+
+namespace nsa_fused {
+
+constexpr const char* kDstName[kNumGenerated] = {
+    "cache_seqlens_dst",     "cu_seqlens_k_dst",       "page_table_1_dst",      "nsa_cache_seqlens_dst",
+    "seqlens_expanded_dst",  "nsa_cu_seqlens_k_dst",   "real_page_table_dst",   "flashmla_num_splits_dst",
+    "flashmla_metadata_dst", "paged_mqa_schedule_dst", "paged_mqa_ctx_lens_2d_dst"};
+
+inline Name dst_name(int f, int d, int num_dst) { return {kDstName[f], num_dst > 1 ? d : -1}; }
+
+constexpr Form form_of(int f) {
+  if (f == kPageTable1 || f == kRealPageTable) return Form::kTable;
+  return f == kTileMetadata || f == kSchedule || f == kContextLens2d ? Form::kWhole : Form::kVector;
+}
+
+constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }
+
+}  // namespace nsa_fused
+
+namespace nsa_fused {
+
+constexpr const char* kSrcName[kNumFields] = {
+    "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
+    "seqlens_expanded_src",  "nsa_cu_seqlens_k_src",   "real_page_table_src", "flashmla_num_splits_src",
+    "flashmla_metadata_src", "paged_mqa_schedule_src"};
+inline Name src_name(int f) { return {kSrcName[f]}; }
+
+constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || form_of(f) == Form::kWhole; }
+constexpr bool is_written(int f, Mode mode) { return f != kSeqlensExpanded || mode != Mode::kDecode; }
 
 struct Sizes {
   int64_t bs, max_len, max_seqlen_k, seqlens_expanded_size;
@@ -165,7 +243,7 @@ class CopyPlan {
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < kNumFields; ++f)
         if (is_written(f, mode)) add(dst[d * kNumFields + f], f, d);
-    check_apart();
+    written_.check_apart([this](int f, int d) { return name(f, d); });
   }
 
   Mode mode() const { return mode_; }
@@ -207,21 +285,15 @@ class CopyPlan {
       }
       field.end_tile = static_cast<int32_t>(tiles);
     }
-    for (const Written& w : written_) {
+    for (const Written::Tensor& w : written_) {
       const int at = params->field[w.f].num_dst++;
       params->dst[w.f][at] = w.view.data + first_element(w.f);
-      params->dst_pitch[w.f][at] = is_table(w.f) ? w.view.pitch : 0;
+      params->dst_pitch[w.f][at] = form_of(w.f) == Form::kTable ? w.view.pitch : 0;
     }
     return tiles > 0;
   }
 
  private:
-  struct Written {
-    View view;
-    int f, d;
-    const int32_t* reach;  // the highest end of this one and of all that begin before it
-  };
-
   Name name(int f, int d) const { return dst_name(f, d, num_dst_); }
 
   void add(const View& view, int f, int d) {
@@ -229,24 +301,11 @@ class CopyPlan {
     if (d > 0 && view.given != dst_[f][0].given)
       refuse(name(f, d), ": expected ", view.given ? "None" : "a tensor", " as for ", name(f, 0), ", got ",
              view.given ? "a tensor" : "None");
-    if (view.rows > 1 && view.pitch < view.cols)
-      refuse(name(f, d), ": expected rows apart, got a row stride of ", view.pitch, " for ", view.cols, " columns");
+    check_rows_apart(view, name(f, d));
     dst_[f][d] = view;
     // Step backends may share a tensor, as upstream's cache_seqlens up to 0.5.13: it is written once.
     const auto same = [&](const View& earlier) { return earlier.same_memory(view); };
-    if (view.given && std::none_of(dst_[f], dst_[f] + d, same)) written_.push_back({view, f, d, nullptr});
-  }
-
-  void check_apart() {
-    std::sort(written_.begin(), written_.end(),
-              [](const Written& a, const Written& b) { return a.view.begin() < b.view.begin(); });
-    const int32_t* reach = nullptr;
-    for (auto w = written_.begin(); w != written_.end(); ++w) {
-      for (auto v = w; v != written_.begin() && (--v)->reach > w->view.begin();)
-        if (overlap(v->view, w->view))
-          refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps ", name(v->f, v->d));
-      w->reach = reach = std::max(reach, w->view.end());
-    }
+    if (view.given && std::none_of(dst_[f], dst_[f] + d, same)) written_.add(view, f, d);
   }
 
   // The shape that moves; element 0 of cumulative lengths counts.
@@ -270,31 +329,20 @@ class CopyPlan {
   void check_pair(int f, const View& src, const View& need) const {
     if (!src.given) refuse(src_name(f), ": expected an int32 tensor as its destination is given, got None");
     if (!dst_[f][0].given) refuse(Name{kDstName[f]}, ": expected an int32 tensor as its source is given, got None");
-    check_fits(src, need, f, src_name(f));
-    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, f, name(f, d));
+    check_fits(src, need, form_of(f), src_name(f));
+    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, form_of(f), name(f, d));
     // A source may be its own destination (upstream's cache_seqlens is), and nothing else that is written.
-    auto w = std::lower_bound(written_.begin(), written_.end(), src.end(),
-                              [](const Written& a, const int32_t* end) { return a.view.begin() < end; });
-    while (w != written_.begin() && (--w)->reach > src.begin()) {
-      const bool itself = w->f == f && w->view.data == src.data && (need.rows <= 1 || w->view.pitch == src.pitch);
-      if (!itself && overlap(src, w->view))
-        refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
-    }
-  }
-
-  static void check_fits(const View& view, const View& need, int f, Name name) {
-    if (view.rows >= need.rows && view.cols >= need.cols) return;
-    const auto shape = [f](const View& v) {
-      const std::string cols = std::to_string(v.cols);
-      return is_table(f) ? "[" + std::to_string(v.rows) + ", " + cols + "]" : "[" + cols + "]";
+    const auto itself = [&](const Written::Tensor& w) {
+      return w.f == f && w.view.data == src.data && (need.rows <= 1 || w.view.pitch == src.pitch);
     };
-    refuse(name, ": expected a shape of at least ", shape(need), ", got ", shape(view));
+    if (const auto* w = written_.conflict(src, itself))
+      refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
   }
 
   Mode mode_;
   int num_dst_;
   View dst_[kNumFields][kMaxDestinations];
-  std::vector<Written> written_;  // by address, each tensor once
+  Written written_;
 };
 
 }  // namespace nsa_fused
@@ -388,7 +436,7 @@ View read(const Arg& arg, int f, Name name, std::optional<at::Device>& device) {
   if (!device) device = t.device();
   TORCH_CHECK_VALUE(t.device() == *device, to_text(name), ": expected a tensor on ", *device,
                     " as those before it, got one on ", t.device());
-  return make_view(f, name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
+  return make_view(form_of(f), name, t.data_ptr<int32_t>(), t.dim(), t.sizes().data(), t.strides().data());
 }
 
 void copy(int64_t forward_mode, const Args& src_args, const std::vector<Args>& dst_args, const Sizes& sizes) try {

@@ -1,0 +1,197 @@
+// The destinations of one captured batch size and where their values come from, checked once; the batch, checked at
+// each replay. No binding's types.
+#pragma once
+
+#include "checks.h"
+#include "fields.h"
+#include "generate_params.h"
+
+namespace nsa_fused {
+
+struct GenerateSizes {
+  int64_t bs, rows;           // captured
+  int64_t num_draft_tokens;   // of target verify and draft extend
+  int64_t nsa_index_topk, page_size;
+  int64_t segment_len;        // 0: no schedule is written
+};
+
+struct Integers {
+  View view;  // columns count elements
+  bool is_64 = false;
+
+  View words() const { return {view.given, view.data, 1, view.cols << is_64, view.cols << is_64}; }
+};
+
+struct Batch {
+  Integers seq_lens, req_pool_indices;
+  View extend_lens;
+  int64_t bs;
+};
+
+class GeneratePlan {
+ public:
+  struct Destination {
+    int64_t len_offset;
+    View field[kNumGenerated];
+  };
+
+  GeneratePlan(Mode mode, const GenerateSizes& sizes, const View& req_to_token, const View& num_splits,
+               const View& tile_metadata, std::vector<Destination> dst)
+      : mode_(mode), sizes_(sizes), req_to_token_(req_to_token), num_splits_(num_splits), tile_metadata_(tile_metadata),
+        dst_(std::move(dst)) {
+    if (dst_.empty() || dst_.size() > kMaxDestinations)
+      refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", static_cast<int64_t>(dst_.size()));
+    check_sizes();
+    for (size_t d = 0; d < dst_.size(); ++d)
+      for (int f = 0; f < kNumGenerated; ++f)
+        if (dst_[d].field[f].given) add(f, d);
+    written_.check_apart([this](int f, int d) { return name(f, d); });
+    for (const View* source : {&req_to_token_, &num_splits_, &tile_metadata_})
+      if (const auto* w = source->given ? written_.conflict(*source, [](auto&) { return false; }) : nullptr)
+        refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps a source");
+  }
+
+  int num_dst() const { return dst_.size(); }
+
+  void check(const Batch& batch) const {
+    if (batch.bs < 0 || batch.bs > sizes_.bs)
+      refuse("bs: expected 0 to the captured ", sizes_.bs, ", got ", batch.bs);
+    check_source(batch.seq_lens, "seq_lens", batch.bs);
+    check_source(batch.req_pool_indices, "req_pool_indices", batch.bs);
+    if (batch.extend_lens.given) {
+      if (mode_ != Mode::kDraftExtend) refuse("extend_lens: expected None but in draft extend, got a tensor");
+      check_source({batch.extend_lens}, "extend_lens", batch.bs);
+    } else if (batch.bs * rows_per_request() > sizes_.rows) {
+      refuse("extend_lens: expected an int32 tensor, as ", batch.bs, " requests of ", rows_per_request(),
+             " rows are more than the captured ", sizes_.rows, ", got None");
+    }
+  }
+
+  template <int kCapacity>
+  void pack(const Batch& batch, GenerateParams<kCapacity>* p) const {
+    *p = {};
+    p->seq_lens = batch.seq_lens.view.data;
+    p->seq_lens_64 = batch.seq_lens.is_64;
+    p->req_pool_indices = batch.req_pool_indices.view.data;
+    p->req_pool_indices_64 = batch.req_pool_indices.is_64;
+    p->extend_lens = batch.extend_lens.data;
+    p->req_to_token = req_to_token_.data;
+    p->token_pitch = req_to_token_.pitch;
+    p->token_cols = req_to_token_.cols;
+    p->num_slots = req_to_token_.rows;
+    p->bs = static_cast<int32_t>(batch.bs);
+    p->num_dst = num_dst();
+    p->rows_per_request = static_cast<int32_t>(rows_per_request());
+    p->max_rows = static_cast<int32_t>(sizes_.rows);
+    p->cache_offset = mode_ == Mode::kTargetVerify ? p->rows_per_request : 0;
+    p->nsa_index_topk = static_cast<int32_t>(sizes_.nsa_index_topk);
+    while (int64_t{1} << p->page_shift < sizes_.page_size) ++p->page_shift;
+    p->segment_len = static_cast<int32_t>(sizes_.segment_len);
+    p->num_splits = {num_splits_.data, static_cast<int32_t>(num_splits_.cols)};
+    p->tile_metadata = {tile_metadata_.data, static_cast<int32_t>(tile_metadata_.cols)};
+    for (int d = 0; d < num_dst(); ++d) p->dst[d].len_offset = static_cast<int32_t>(dst_[d].len_offset);
+    for (const Written::Tensor& w : written_) {
+      GenerateDst& dst = p->dst[w.d];
+      dst.field[w.f] = w.view.data;
+      if (w.f == kPageTable1) dst.table_pitch = w.view.pitch, dst.table_cols = w.view.cols;
+      if (w.f == kRealPageTable) dst.page_pitch = w.view.pitch, dst.page_cols = w.view.cols;
+      if (w.f == kSchedule) p->num_sms = static_cast<int32_t>(w.view.cols / 2 - 1);
+    }
+  }
+
+  // Columns that a table may have live, 0 without a table.
+  int64_t live_cols() const {
+    int64_t cols = 0;
+    for (const Written::Tensor& w : written_) {
+      if (w.f == kPageTable1) cols = std::max(cols, w.view.cols);
+      if (w.f == kRealPageTable) cols = std::max(cols, w.view.cols * sizes_.page_size);
+    }
+    return std::min(cols, req_to_token_.cols);
+  }
+
+ private:
+  Name name(int f, int d) const { return dst_name(f, d, num_dst()); }
+  int64_t rows_per_request() const { return mode_ == Mode::kDecode ? 1 : sizes_.num_draft_tokens; }
+
+  void check_sizes() const {
+    const auto at_least = [](const char* name, int64_t value, int64_t least) {
+      if (value < least || value > INT32_MAX) refuse(name, ": expected ", least, " to ", INT32_MAX, ", got ", value);
+    };
+    at_least("bs", sizes_.bs, 0);
+    at_least("rows", sizes_.rows, 0);
+    at_least("num_draft_tokens", sizes_.num_draft_tokens, mode_ == Mode::kDecode ? 0 : 1);
+    at_least("nsa_index_topk", sizes_.nsa_index_topk, 1);
+    at_least("segment_len", sizes_.segment_len, 0);
+    at_least("page_size", sizes_.page_size, 1);
+    if (sizes_.page_size & (sizes_.page_size - 1)) refuse("page_size: expected a power of two, got ", sizes_.page_size);
+    if (mode_ != Mode::kDraftExtend && sizes_.rows != sizes_.bs * rows_per_request())
+      refuse("rows: expected bs * rows per request = ", sizes_.bs * rows_per_request(), ", got ", sizes_.rows);
+    if (!req_to_token_.given) refuse("req_to_token: expected an int32 tensor, got None");
+  }
+
+  void add(int f, int d) {
+    const View& view = dst_[d].field[f];
+    check_rows_apart(view, name(f, d));
+    check_fits(view, need(f, d), form_of(f), name(f, d));
+    if (f == kSchedule && (view.cols < 4 || view.cols % 2))
+      refuse(name(f, d), ": expected [num_sms + 1, 2], got ", view.cols, " elements");
+    if (f == kSchedule && sizes_.segment_len == 0)
+      refuse("segment_len: expected the tokens of a schedule's segment as ", name(f, d), " is given, got 0");
+    // What step backends share is written once; so is what decode has under several names.
+    for (int e = 0; e <= d; ++e)
+      for (int g = 0; g < kNumGenerated; ++g) {
+        if (e == d && g == f) break;
+        if (dst_[e].field[g].given && dst_[e].field[g].same_memory(view) && same_values(f, d, g, e)) return;
+      }
+    written_.add(view, f, d);
+  }
+
+  View need(int f, int d) const {
+    const int64_t n = sizes_.rows;
+    switch (f) {
+      case kCacheSeqlens: return {true, nullptr, 1, sizes_.bs};
+      case kCuSeqlensK: return {true, nullptr, 1, sizes_.bs + 1};
+      case kPageTable1:
+      case kRealPageTable: return {true, nullptr, n, 0};
+      case kNsaCuSeqlensK: return {true, nullptr, 1, n + 1};
+      case kNumSplits: return whole(num_splits_, f, d);
+      case kTileMetadata: return whole(tile_metadata_, f, d);
+      case kSchedule: return {true, nullptr, 1, 0};
+      default: return {true, nullptr, 1, n};
+    }
+  }
+
+  View whole(const View& source, int f, int d) const {
+    if (!source.given) refuse(name(f, d), ": expected None as its source is None, got a tensor");
+    return {true, nullptr, 1, source.cols};
+  }
+
+  bool same_values(int f, int d, int g, int e) const {
+    const auto is_len = [this](int field) {
+      return field == kSeqlensExpanded || field == kContextLens2d || (field == kCacheSeqlens && mode_ == Mode::kDecode);
+    };
+    if (f != g && !(is_len(f) && is_len(g))) return false;
+    const bool any_len = form_of(f) == Form::kTable || f == kNumSplits || f == kTileMetadata;
+    return any_len || dst_[d].len_offset == dst_[e].len_offset;
+  }
+
+  void check_source(const Integers& source, const char* name, int64_t bs) const {
+    if (!source.view.given) refuse(name, ": expected a tensor, got None");
+    if (source.view.cols < bs) refuse(name, ": expected at least bs = ", bs, " elements, got ", source.view.cols);
+    // The graph runner's seq_lens is the captured cache_seqlens itself up to sglang 0.5.13: the same values.
+    const auto itself = [&](const Written::Tensor& w) {
+      return w.f == kCacheSeqlens && w.view.data == source.view.data && !source.is_64 &&
+             mode_ != Mode::kTargetVerify && dst_[w.d].len_offset == 0 && source.view.data != nullptr;
+    };
+    if (const auto* w = written_.conflict(source.words(), itself))
+      refuse(name, ": expected memory that is not written, but it overlaps ", this->name(w->f, w->d));
+  }
+
+  Mode mode_;
+  GenerateSizes sizes_;
+  View req_to_token_, num_splits_, tile_metadata_;
+  std::vector<Destination> dst_;
+  Written written_;
+};
+
+}  // namespace nsa_fused

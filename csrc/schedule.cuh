@@ -1,0 +1,98 @@
+// The lengths of the rows, and DeepGEMM's paged-MQA schedule from them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "generate_params.h"
+
+namespace nsa_fused {
+
+__device__ __forceinline__ int64_t load_index(const void* values, bool is_64, int i) {
+  return is_64 ? static_cast<const int64_t*>(values)[i] : static_cast<const int32_t*>(values)[i];
+}
+
+// One request's rows: their lengths count up to cache_len.
+struct Request {
+  int32_t rows, cache_len;
+  __device__ int32_t len(int row) const { return cache_len - rows + 1 + row; }
+};
+
+template <int kCapacity>
+__device__ __forceinline__ Request request(const GenerateParams<kCapacity>& p, int32_t len_offset, int i) {
+  const auto seq_len = static_cast<int32_t>(load_index(p.seq_lens, p.seq_lens_64, i));
+  return {p.extend_lens ? max(p.extend_lens[i], 0) : p.rows_per_request, seq_len + p.cache_offset + len_offset};
+}
+
+struct Segments {
+  uint32_t rows, segments;
+  __device__ friend Segments operator+(Segments a, Segments b) { return {a.rows + b.rows, a.segments + b.segments}; }
+};
+
+// Divides the segments of all rows evenly over the SMs, in order: schedule[sm] = (row, segment in it) where SM sm
+// begins, and (number of rows, 0) where there is nothing left. Unsigned throughout, as DeepGEMM's.
+template <int kThreads, int kCapacity>
+__device__ void write_schedule(const GenerateParams<kCapacity>& p, const GenerateDst& dst) {
+  using Reduce = cub::BlockReduce<uint32_t, kThreads>;
+  using Scan = cub::BlockScan<Segments, kThreads>;
+  __shared__ union {
+    typename Reduce::TempStorage reduce;
+    typename Scan::TempStorage scan;
+  } temp;
+  __shared__ uint32_t all_segments;
+  __shared__ Segments begins[kThreads];  // what lies before each request of this round
+
+  const auto segments = [&](const Request& r, int row) {
+    return (static_cast<uint32_t>(r.len(row)) + p.segment_len - 1) / p.segment_len;
+  };
+  const auto count = [&](int i) {
+    const Request r = request(p, dst.len_offset, i);
+    Segments sum{static_cast<uint32_t>(r.rows), 0};
+    for (int row = 0; row < r.rows; ++row) sum.segments += segments(r, row);
+    return sum;
+  };
+
+  uint32_t mine = 0;
+  for (int i = threadIdx.x; i < p.bs; i += kThreads) mine += count(i).segments;
+  mine = Reduce(temp.reduce).Sum(mine);
+  if (threadIdx.x == 0) all_segments = mine;
+  __syncthreads();
+  const uint32_t total = all_segments, each = total / p.num_sms, more = total % p.num_sms;
+  const auto first_segment = [&](uint32_t sm) { return sm * each + min(sm, more); };
+  auto* schedule = reinterpret_cast<uint32_t*>(dst.field[kSchedule]);  // [num_sms + 1, 2]
+
+  Segments before{};
+  for (int first = 0; first < p.bs; first += kThreads) {
+    const int i = first + threadIdx.x;
+    Segments at, round;
+    Scan(temp.scan).ExclusiveSum(i < p.bs ? count(i) : Segments{}, at, round);
+    begins[threadIdx.x] = before + at;
+    __syncthreads();
+    for (uint32_t sm = threadIdx.x; sm <= p.num_sms; sm += kThreads) {
+      const uint32_t segment = first_segment(sm);
+      if (segment < before.segments || segment >= before.segments + round.segments) continue;
+      int low = 0, high = min(kThreads, p.bs - first);  // the last request that begins at or before this segment
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (begins[middle].segments <= segment ? low : high) = middle;
+      }
+      const Request r = request(p, dst.len_offset, first + low);
+      uint32_t left = segment - begins[low].segments;
+      int row = 0;
+      for (; left >= segments(r, row); ++row) left -= segments(r, row);
+      schedule[2 * sm] = begins[low].rows + row;
+      schedule[2 * sm + 1] = left;
+    }
+    before = before + round;
+    __syncthreads();
+  }
+  for (uint32_t sm = threadIdx.x; sm <= p.num_sms; sm += kThreads) {
+    if (first_segment(sm) < total) continue;
+    schedule[2 * sm] = before.rows;
+    schedule[2 * sm + 1] = 0;
+  }
+}
+
+}  // namespace nsa_fused

@@ -1,0 +1,125 @@
+"""Generated metadata with its oracle: every destination lies in a poisoned buffer, and the whole buffer is compared."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from cases import poisoned
+
+from sglang_nsa_fused import reference
+from sglang_nsa_fused.plan import ReplayPlan, Values
+from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
+
+MODES = (DECODE, TARGET_VERIFY, DRAFT_EXTEND)
+NAMES = ("cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
+         "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d")
+BOUNDARIES = (0, 1, 2, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049)
+
+
+@dataclass
+class Case:
+    mode: int
+    values: Values
+    destinations: list
+    buffers: list
+    batch: tuple  # seq_lens, req_pool_indices, extend_lens, bs
+
+    def expected(self) -> list[list[torch.Tensor]]:
+        clones = [[buffer.clone() for buffer in one] for one in self.buffers]
+        views = [
+            [None if t is None else c.as_strided(t.shape, t.stride(), t.storage_offset()) for t, c in zip(dst, one)]
+            for dst, one in zip(self.destinations, clones)
+        ]
+        reference.generate(self.mode, self.values, views, *self.batch)
+        return clones
+
+    def plan(self) -> ReplayPlan:
+        return ReplayPlan(self.mode, self.destinations, values=self.values)
+
+    def check(self, expected: list) -> None:
+        for number, (one, right) in enumerate(zip(self.buffers, expected)):
+            for name, buffer, oracle in zip(NAMES, one, right):
+                assert torch.equal(buffer, oracle), f"{name} of destination {number}"
+
+    def check_untouched(self) -> None:
+        assert all(bool((buffer == -7).all()) for one in self.buffers for buffer in one)
+
+    def run(self) -> None:
+        expected = self.expected()
+        self.plan().generate(*self.batch)
+        self.check(expected)
+
+
+def lengths_for(bs: int, longest: int, generator: torch.Generator) -> torch.Tensor:
+    """Lengths of which about half lie at the boundaries of pages, tiles, segments and the index's top k."""
+    boundaries = torch.tensor([n for n in BOUNDARIES if n <= longest])
+    pick = torch.randint(0, len(boundaries), (bs,), generator=generator)
+    anywhere = torch.randint(0, longest + 1, (bs,), generator=generator)
+    return torch.where(torch.rand(bs, generator=generator) < 0.5, boundaries[pick], anywhere)
+
+
+def make(
+    device: str,
+    mode: int = DECODE,
+    bs: int = 3,
+    longest: int = 300,
+    width: int = 0,
+    pool_width: int = 0,
+    num_dst: int = 1,
+    draft_tokens: int = 4,
+    accepted: bool = True,
+    len_offsets: tuple[int, ...] = (),
+    leave_out: tuple[str, ...] = (),
+    length_dtype: torch.dtype = torch.int64,
+    slot_dtype: torch.dtype = torch.int64,
+    topk: int = 2048,
+    segment_len: int = 256,
+    num_sms: int = 132,
+    captured_bs: int = 0,
+    lengths: Optional[list[int]] = None,
+    seed: int = 0,
+) -> Case:
+    """width: the tables' columns, enough for `longest` unless given. accepted: draft extend with lengths of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    each = 1 if mode == DECODE else draft_tokens
+    captured_bs = captured_bs or bs
+    width = width or longest + each + 2
+    pool_width = pool_width or width + 3
+    seq_lens = lengths_for(bs, longest, generator) if lengths is None else torch.tensor(lengths)
+    extend_lens = None
+    if mode == DRAFT_EXTEND:
+        seq_lens = seq_lens + each
+        if accepted:
+            extend_lens = torch.randint(0, each + 1, (bs,), generator=generator, dtype=torch.int32)
+    rows = captured_bs * each
+    # Values with all bits in use, so that a shift that is no floor division shows.
+    pool = torch.randint(-(2**31), 2**31, (2 * bs + 1, pool_width), generator=generator).to(torch.int32)
+    slots = torch.randperm(2 * bs + 1, generator=generator)[:bs]
+    shapes = [(captured_bs,), (captured_bs + 1,), (rows, width), (rows,), (rows,), (rows + 1,),
+              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1)]  # fmt: skip
+    pitches = {2: width + 5, 6: (width + 63) // 64 + 1}
+    destinations, buffers = [], []
+    for number in range(num_dst):
+        pairs = [
+            None if name in leave_out else poisoned(shape, device, pitches.get(at, 0), 6 if at == 9 else 5 + number)
+            for at, (name, shape) in enumerate(zip(NAMES, shapes))
+        ]
+        destinations.append([None if pair is None else pair[1] for pair in pairs])
+        buffers.append([torch.empty(0, device=device) if pair is None else pair[0] for pair in pairs])
+
+    def plan_of(name, *shape):
+        if name in leave_out:
+            return None
+        return torch.randint(1, 1 << 30, shape, dtype=torch.int32, generator=generator).to(device)
+
+    values = Values(
+        pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len,
+        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), len_offsets,
+    )  # fmt: skip
+    batch = (
+        seq_lens.to(length_dtype).to(device),
+        slots.to(slot_dtype).to(device),
+        None if extend_lens is None else extend_lens.to(device),
+        bs,
+    )
+    return Case(mode, values, destinations, buffers, batch)

@@ -1,0 +1,173 @@
+"""The native generator against the reference, bit for bit, in poisoned buffers."""
+
+import pytest
+import torch
+from generated import BOUNDARIES, MODES, NAMES, make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang_nsa_fused.kernels import select
+from sglang_nsa_fused.plan import ReplayPlan
+from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
+
+
+@pytest.fixture(autouse=True)
+def native(device):
+    assert select(device).name == "native", select(device).reason
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bs", [1, 3, 7, 63, 257, 600])
+def test_batch_sizes(device, bs, mode, accepted):
+    make(device, mode, bs, accepted=accepted).run()
+
+
+def test_more_requests_than_any_block_scans(device):
+    for mode in MODES:
+        make(device, mode, 4096, longest=70, draft_tokens=2).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", BOUNDARIES)
+def test_lengths_at_boundaries(device, length, mode):
+    make(device, mode, bs=5, longest=2100, lengths=[length] * 5).run()
+
+
+@pytest.mark.parametrize("length_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+def test_dtypes(device, length_dtype, slot_dtype):
+    for mode in MODES:
+        make(device, mode, length_dtype=length_dtype, slot_dtype=slot_dtype).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [163_840, 163_850])
+def test_long_rows(device, width, mode):
+    make(device, mode, bs=3, longest=width - 8, width=width, pool_width=163_851).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lengths_beyond_the_tables_stay_inside(device, mode):
+    """As upstream's slices, which end where the table and the pool do."""
+    make(device, mode, bs=4, longest=5000, width=130, pool_width=5000).run()
+    make(device, mode, bs=4, longest=5000, width=5000, pool_width=130).run()
+
+
+@pytest.mark.parametrize("num_dst", [2, 3, 7, 16])
+@pytest.mark.parametrize("mode", MODES)
+def test_many_destinations(device, mode, num_dst):
+    make(device, mode, bs=6, num_dst=num_dst).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_length_offsets(device, mode):
+    """Step backends that see the drafted tokens: each a length of its own."""
+    make(device, mode, bs=6, num_dst=4, len_offsets=(0, 1, 2, 3), width=310).run()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_field_may_be_absent(device, name):
+    for mode in MODES:
+        make(device, mode, num_dst=2, leave_out=(name,)).run()
+
+
+def test_any_field_alone(device):
+    for name in NAMES:
+        make(device, TARGET_VERIFY, leave_out=tuple(other for other in NAMES if other != name)).run()
+
+
+@pytest.mark.parametrize("segment_len", [64, 128, 256, 512])
+@pytest.mark.parametrize("num_sms", [1, 78, 132, 148])
+def test_schedules(device, segment_len, num_sms):
+    for mode in MODES:
+        make(device, mode, bs=37, longest=9000, segment_len=segment_len, num_sms=num_sms).run()
+
+
+def test_a_schedule_of_nothing(device):
+    case = make(device, bs=4, lengths=[0, 0, 0, 0])
+    case.run()
+    schedule = case.destinations[0][9]
+    assert schedule[:, 0].tolist() == [4] * len(schedule) and not schedule[:, 1].any()
+
+
+def test_fewer_requests_than_captured(device):
+    for mode in MODES:
+        make(device, mode, bs=3, captured_bs=8, leave_out=("flashmla_num_splits", "flashmla_metadata")).run()
+
+
+def test_an_empty_batch_writes_nothing(device):
+    case = make(device, bs=3)
+    case.plan().generate(*case.batch[:3], 0)
+    case.check_untouched()
+
+
+def test_what_step_backends_share_is_written_once(device):
+    case = make(device, bs=5, num_dst=3)
+    for number in (1, 2):
+        case.destinations[number], case.buffers[number] = list(case.destinations[0]), case.buffers[0]
+    expected = case.expected()
+    ReplayPlan(DECODE, case.destinations, values=case.values).generate(*case.batch)
+    case.check(expected)
+
+
+def test_tables_may_be_shared_by_steps_of_unequal_lengths(device):
+    case = make(device, bs=5, num_dst=2, len_offsets=(0, 3), width=310)
+    for at in (2, 6):
+        case.destinations[1][at], case.buffers[1][at] = case.destinations[0][at], case.buffers[0][at]
+    case.run()
+
+
+@pytest.mark.parametrize("mode", [DECODE, DRAFT_EXTEND])
+def test_captured_lengths_that_are_the_runners(device, mode):
+    """seq_lens and the captured cache_seqlens are one tensor up to sglang 0.5.13."""
+    case = make(device, mode, bs=5, length_dtype=torch.int32)
+    captured = case.destinations[0][0]
+    captured.copy_(case.batch[0])
+    case.batch = (captured, *case.batch[1:])
+    case.run()
+
+
+def test_decode_has_one_tensor_under_three_names(device):
+    case = make(device, bs=5)
+    case.destinations[0][4] = case.destinations[0][0]
+    case.destinations[0][10] = case.destinations[0][0].view(-1, 1)
+    case.buffers[0][4] = case.buffers[0][10] = case.buffers[0][0]
+    case.run()
+
+
+def test_offsets_beyond_32_bits(device):
+    case = make(device, bs=3, longest=70, lengths=[70, 65, 1])
+    pitch = 2**30 + 6
+    assert 2 * pitch > 2**31 - 1
+    table = torch.empty(2 * pitch + 77, dtype=torch.int32, device=device).as_strided((3, 73), (pitch, 1))
+    table.fill_(-7)
+    expected = case.expected()[0][2]
+    case.destinations[0][2] = table
+    case.plan().generate(*case.batch)
+    assert torch.equal(table, expected.as_strided((3, 73), (73 + 5, 1), 5)[:, :73])
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size(device, data):
+    draw = data.draw
+    longest = draw(st.integers(0, 5000))
+    num_dst = draw(st.integers(1, 5))
+    make(
+        device,
+        mode=draw(st.sampled_from(MODES)),
+        bs=draw(st.integers(1, 40)),
+        longest=longest,
+        width=longest + draw(st.integers(1, 40)),
+        pool_width=longest + draw(st.integers(1, 40)),
+        num_dst=num_dst,
+        draft_tokens=draw(st.integers(1, 8)),
+        accepted=draw(st.booleans()),
+        len_offsets=tuple(draw(st.integers(0, 4)) for _ in range(num_dst)),
+        leave_out=tuple(draw(st.sets(st.sampled_from(NAMES), max_size=9))),
+        length_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        topk=draw(st.sampled_from([64, 2048])),
+        num_sms=draw(st.integers(1, 148)),
+        seed=draw(st.integers(0, 1000)),
+    ).run()
