@@ -28,7 +28,18 @@ def import_upstream(release: Release, device: str) -> types.ModuleType:
     with warnings.catch_warnings():
         if device == "cpu":
             warnings.simplefilter("ignore")  # of what needs a GPU
-        return importlib.import_module(release.module)
+        module = importlib.import_module(release.module)
+    # A draft extend asks for the size of a process group, and here there are none.
+    sys.modules[module.pad_nsa_cache_seqlens.__module__].get_attention_cp_size = lambda: 1
+    if device == "cpu":
+        module.seqlens_expand_triton = _expand_on_cpu  # a Triton kernel
+    return module
+
+
+def _expand_on_cpu(extend_seq_lens, seq_lens, total_len: int, max_q_len: int) -> torch.Tensor:
+    """The lengths of each request's rows, which count up to its own: int32 [total_len]."""
+    ranges = [torch.arange(kv - qo, kv) + 1 for qo, kv in zip(extend_seq_lens.tolist(), seq_lens.tolist())]
+    return torch.cat(ranges).to(torch.int32)
 
 
 def step_backend(cls: type, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int, flashmla: bool):
@@ -63,11 +74,12 @@ def step_backend(cls: type, release: Release, device: str, req_to_token: torch.T
 
 
 def _tile_metadata_on_cpu(module):
-    """FlashMLA's planner runs on a GPU only; here numbers of its shapes that depend on the lengths."""
+    """FlashMLA's planner runs on a GPU only; here numbers of its shapes that depend on how many rows there are."""
 
     def compute(cache_seqlens: torch.Tensor, seq_len_q: int):
-        tiles = (torch.arange(132 * 8, dtype=torch.int32).view(132, 8) + 1) * (1 + cache_seqlens.sum().to(torch.int32))
-        splits = torch.nn.functional.pad(torch.cumsum(cache_seqlens // 64 + 1, 0, dtype=torch.int32), (1, 0))
+        rows = len(cache_seqlens)
+        tiles = (torch.arange(132 * 8, dtype=torch.int32).view(132, 8) + 1) * rows
+        splits = torch.arange(rows + 1, dtype=torch.int32) * 3
         return module.NSAFlashMLAMetadata(flashmla_metadata=tiles, num_splits=splits)
 
     return compute
@@ -135,6 +147,74 @@ def replay(multi, batch: SimpleNamespace) -> None:
     quiet = contextlib.redirect_stdout(io.StringIO()) if multi.seq_lens.device.type == "cpu" else contextlib.nullcontext()
     with quiet:
         multi.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+
+
+def graph_backend(
+    cls: type, module: types.ModuleType, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int,
+    mode: str, capture_bs: list[int], flashmla: bool = False,
+):  # fmt: skip
+    """A step backend as a graph runner holds it: captured for each batch size in this ForwardMode.
+
+    Its `graph_lens` and `graph_slots` are the runner's buffers, int32 and int64 [max(capture_bs)].
+    """
+    backend = step_backend(cls, release, device, req_to_token, draft_tokens, flashmla)
+    largest = max(capture_bs)
+    rows = 1 if mode == "DECODE" else draft_tokens
+    backend.init_cuda_graph_state(largest, largest * rows)
+    backend.graph_lens = torch.ones(largest, dtype=torch.int32, device=device)
+    backend.graph_slots = torch.zeros(largest, dtype=torch.int64, device=device)
+    for bs in sorted(capture_bs, reverse=True):
+        backend.init_forward_metadata_capture_cuda_graph(
+            bs, bs * rows, backend.graph_slots[:bs], backend.graph_lens[:bs], None, module.ForwardMode[mode], None
+        )
+    return backend
+
+
+def graph_batch(
+    backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = ()
+) -> dict:
+    """The arguments of one replay, from the runner's buffers, padded to bs as upstream's runners pad."""
+    raw, device = len(slots), backend.graph_lens.device
+    lengths = lengths + [1] * (bs - raw)
+    backend.graph_lens[:bs].copy_(torch.tensor(lengths, dtype=torch.int32))
+    backend.graph_slots[:bs].copy_(torch.tensor(slots + [0] * (bs - raw)))
+    spec_info = None
+    if accepted:
+        accepted = list(accepted) + [backend.speculative_num_draft_tokens] * (bs - raw)
+        spec_info = SimpleNamespace(num_accept_tokens=torch.tensor(accepted, dtype=torch.int32, device=device))
+    return dict(
+        bs=bs,
+        req_pool_indices=backend.graph_slots[:bs],
+        seq_lens=backend.graph_lens[:bs],
+        seq_lens_sum=sum(lengths),
+        encoder_lens=None,
+        forward_mode=module.ForwardMode[mode],
+        spec_info=spec_info,
+        seq_lens_cpu=torch.tensor(lengths, dtype=torch.int32),
+    )
+
+
+def draft_extend_batch(
+    backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], accepted: list[int] = ()
+) -> SimpleNamespace:
+    """The batch of a draft extend without a graph: DRAFT_EXTEND_V2 with all draft tokens, or DRAFT_EXTEND with these."""
+    device = backend.req_to_token.device
+    accepted = list(accepted) or [backend.speculative_num_draft_tokens] * len(slots)
+    return SimpleNamespace(
+        forward_mode=module.ForwardMode[mode],
+        batch_size=len(slots),
+        seq_lens=torch.tensor(lengths, device=device),
+        seq_lens_cpu=torch.tensor(lengths),
+        seq_lens_sum=sum(lengths),
+        req_pool_indices=torch.tensor(slots, device=device),
+        req_to_token_pool=SimpleNamespace(req_to_token=backend.req_to_token),
+        extend_seq_lens=torch.tensor(accepted, dtype=torch.int32, device=device),
+        extend_seq_lens_cpu=accepted,
+        extend_prefix_lens_cpu=[length - rows for length, rows in zip(lengths, accepted)],
+        extend_num_tokens=sum(accepted),
+        global_num_tokens_cpu=None,
+        spec_info=None,
+    )
 
 
 def requests(steps: int, most: int, longest: int, seed: int = 0):

@@ -71,6 +71,8 @@ class ReplayPlan:
             return
         if values.len_offsets and len(values.len_offsets) != len(destinations):
             raise ValueError(f"len_offsets: expected one for each destination, got {len(values.len_offsets)}")
+        if not isinstance(values.req_to_token, torch.Tensor):
+            raise TypeError(f"req_to_token: expected an int32 tensor, got {type(values.req_to_token).__name__}")
         generate_plan = (engine or select(values.req_to_token.device.type)).generate_plan
         if generate_plan is None:
             raise ValueError("engine: expected one that generates, which only the native library does")

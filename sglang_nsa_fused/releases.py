@@ -17,7 +17,16 @@ class Release:
     multi_step: str
     precomputed: tuple[str, ...]
     captured: tuple[str, ...]
-    page_size: str  # attribute of the backend
+    metadata: str  # class of what the graph reads
+    captured_lens_2d: str  # its attribute with DeepGEMM's form of the lengths, which not every release has
+    context_lens_2d: str  # the function that makes that form
+    # Attributes of the backend.
+    page_size: str
+    req_to_token: str
+    draft_tokens: str
+    index_topk: str
+    decode_impl: str
+    accepted: str  # attribute of a draft extend's spec_info: rows of each request
     # The method of the backend that each replay calls first, and all that it sets without a batch. What it sets depends
     # on the server's flags alone, so a replay sets what the capture saw, without the method's imports.
     set_prefill_impl: str
@@ -48,7 +57,15 @@ NSA = Release(
         "nsa_cu_seqlens_k",
         "real_page_table",
     ),
+    metadata="NSAMetadata",
+    captured_lens_2d="paged_mqa_ctx_lens_2d",
+    context_lens_2d="_to_2d_context_lens",
     page_size="real_page_size",
+    req_to_token="req_to_token",
+    draft_tokens="speculative_num_draft_tokens",
+    index_topk="nsa_index_topk",
+    decode_impl="nsa_decode_impl",
+    accepted="num_accept_tokens",
     set_prefill_impl="set_nsa_prefill_impl",
     prefill_impl_state=("use_mha", "nsa_prefill_impl"),
     signatures={
@@ -78,6 +95,22 @@ NSA = Release(
             "forward_mode",
             "spec_info",
         ),
+        "NativeSparseAttnBackend.init_forward_metadata_replay_cuda_graph": (
+            "self",
+            "bs",
+            "req_pool_indices",
+            "seq_lens",
+            "seq_lens_sum",
+            "encoder_lens",
+            "forward_mode",
+            "spec_info",
+            "seq_lens_cpu",
+            "out_cache_loc",
+            "actual_forward_mode",
+        ),
+        "NativeSparseAttnBackend.init_forward_metadata": ("self", "forward_batch"),
+        "NativeSparseAttnBackend.get_device_int32_arange": ("self", "l"),
+        "NativeSparseAttnBackend._compute_flashmla_metadata": ("self", "cache_seqlens", "seq_len_q"),
         "NativeSparseAttnBackend.set_nsa_prefill_impl": ("self", "forward_batch"),
         "NativeSparseAttnMultiStepBackend.init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
         "NativeSparseAttnMultiStepBackend.init_forward_metadata_capture_cuda_graph": ("self", "forward_batch"),

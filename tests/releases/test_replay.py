@@ -6,63 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from upstream import CAPTURE_BS, assert_same_fields, steps
 
-from sglang_nsa_fused import backends, bare, plugin
+from sglang_nsa_fused import backends, bare
 from sglang_nsa_fused.settings import Settings
-
-SETTINGS = Settings(enabled=True, required=False, allowlist=None)
-CAPTURE_BS = [1, 2, 4, 8]
-LONGEST = 3000
-
-
-class Upstream:
-    def __init__(self, device):
-        self.release, self.version = plugin.find_release()
-        self.module = bare.import_upstream(self.release, device)
-        plugin.import_backend(self.release)
-        self.classes = getattr(self.module, self.release.backend), getattr(self.module, self.release.multi_step)
-        self.device = device
-
-    def fused(self, settings=SETTINGS):
-        return backends.subclasses(self.release, self.module, self.version, settings)
-
-    def multi(self, classes, draft_steps, flashmla=False):
-        width = LONGEST + draft_steps + 1
-        table = torch.randperm(17 * width, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(17, width)
-        args = (self.release, self.device, table.to(self.device), draft_steps, CAPTURE_BS, flashmla)
-        return bare.multi_step_backend(classes, *args)
-
-
-@pytest.fixture
-def upstream(device):
-    return Upstream(device)
-
-
-@pytest.fixture
-def deep_gemm(upstream, monkeypatch):
-    """A stand-in that gives the CPU the schedule branches of a GPU: its numbers depend on every length."""
-    if upstream.device == "cuda":
-        import deep_gemm
-
-        return deep_gemm
-
-    def get_paged_mqa_logits_metadata(context_lens, block, num_sms):
-        assert context_lens.shape[1] == 1 and block == 64
-        return (context_lens.sum() * 1000 + torch.arange((num_sms + 1) * 2)).to(torch.int32).view(-1, 2)
-
-    stand_in = SimpleNamespace(get_paged_mqa_logits_metadata=get_paged_mqa_logits_metadata, get_num_sms=lambda: 132)
-    monkeypatch.setitem(__import__("sys").modules, "deep_gemm", stand_in)
-    monkeypatch.setattr(upstream.module, "is_cuda", lambda: True)
-    return stand_in
-
-
-def steps(upstream, off, on, count=40):
-    """Replays the same requests on both sides; yields (bs, live lengths) after each."""
-    for slots, lengths in bare.requests(count, most=CAPTURE_BS[-1], longest=LONGEST):
-        bs = next(size for size in CAPTURE_BS if size >= len(slots))
-        for multi in (off, on):
-            bare.replay(multi, bare.forward_batch(multi, slots, lengths, bs))
-        yield bs, torch.tensor(lengths + [1] * (bs - len(lengths)), device=upstream.device)
 
 
 @pytest.mark.parametrize("flashmla", [False, True])
@@ -111,50 +58,15 @@ def test_captured_tensors_keep_their_addresses(upstream, deep_gemm):
     assert addresses() == before
 
 
-def test_one_native_call_serves_all_backends(upstream, deep_gemm, monkeypatch):
+def test_one_native_call_serves_all_backends(upstream, deep_gemm):
     on = upstream.multi(upstream.fused(), 6)
     calls = []
     for replay in on._replays.values():
-        copy_once = replay.plan.copy
-        replay.plan = SimpleNamespace(copy=lambda *args, copy_once=copy_once: calls.append(1) or copy_once(*args))
+        generate = replay._generate
+        replay._generate = lambda *args, generate=generate: calls.append(1) or generate(*args)
     for _ in steps(upstream, upstream.multi(upstream.classes, 6), on, count=5):
         pass
     assert len(calls) == 5
-
-
-def forward_mode(upstream, name):
-    return upstream.module.ForwardMode[name]
-
-
-@pytest.mark.parametrize("flashmla", [False, True])
-@pytest.mark.parametrize("name", ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND"])
-def test_a_single_backend_in_each_mode(upstream, deep_gemm, name, flashmla):
-    """The method that the plugin overrides, as upstream's own precomputation calls for it."""
-    mode, draft_tokens, device = forward_mode(upstream, name), 3, upstream.device
-    table = torch.randperm(9 * LONGEST).to(torch.int32).view(9, LONGEST).to(device)
-    seq_lens = torch.tensor([64, 2049, 7, 1], device=device)
-    accepted = SimpleNamespace(num_accept_tokens=torch.tensor([1, 3, 2, 1], device=device))
-    found = []
-    for cls in (upstream.classes[0], upstream.fused()[0]):
-        backend = bare.step_backend(cls, upstream.release, device, table, draft_tokens, flashmla)
-        backend.init_cuda_graph_state(4, 4 * draft_tokens)
-        ones = torch.ones(4, dtype=torch.int32, device=device)
-        rows = 4 if name == "DECODE" else 4 * draft_tokens
-        backend.init_forward_metadata_capture_cuda_graph(4, rows, ones.long(), ones, None, mode, None)
-        precomputed = backend._precompute_replay_metadata(
-            4, torch.tensor([3, 1, 8, 2], device=device), seq_lens, seq_lens.cpu(), mode, accepted
-        )
-        backend.init_forward_metadata_replay_cuda_graph_from_precomputed(bs=4, precomputed=precomputed, forward_mode=mode)
-        assert backend.forward_metadata is backend.decode_cuda_graph_metadata[4]
-        live = precomputed.seqlens_expanded.to(device)
-        fields = bare.fields(backend.forward_metadata, live)
-        if name == "DRAFT_EXTEND":  # rows behind the accepted ones hold whatever the capture left
-            size = precomputed.seqlens_expanded_size
-            fields = {key: t if "table" in key or "metadata" in key else t[: size + 1] for key, t in fields.items()}
-        found.append(fields)
-    assert found[0].keys() == found[1].keys()
-    for key, tensor in found[0].items():
-        assert torch.equal(tensor, found[1][key]), key
 
 
 def test_a_replay_in_another_mode_than_captured_is_refused(upstream):
@@ -162,7 +74,7 @@ def test_a_replay_in_another_mode_than_captured_is_refused(upstream):
     precomputed = SimpleNamespace()
     with pytest.raises(ValueError, match="forward_mode: expected that of the capture, 0, got .*TARGET_VERIFY"):
         on.attn_backends[0].init_forward_metadata_replay_cuda_graph_from_precomputed(
-            bs=4, precomputed=precomputed, forward_mode=forward_mode(upstream, "TARGET_VERIFY")
+            bs=4, precomputed=precomputed, forward_mode=upstream.module.ForwardMode.TARGET_VERIFY
         )
 
 
@@ -229,13 +141,6 @@ def test_a_replay_sets_what_upstreams_prefill_choice_sets(upstream):
     bare.replay(on, bare.forward_batch(on, [1, 2], [5, 70], 2))
     assert [(backend.use_mha, backend.nsa_prefill_impl) for backend in on.attn_backends] == before
     assert all(b.forward_metadata is b.decode_cuda_graph_metadata[2] for b in on.attn_backends)
-
-
-def assert_same_fields(off, on, bs, live):
-    for number, (left, right) in enumerate(zip(off.attn_backends, on.attn_backends)):
-        expected, found = (bare.fields(backend.decode_cuda_graph_metadata[bs], live) for backend in (left, right))
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, found[name]), f"{name} of backend {number}, batch {bs}"
 
 
 def test_a_sources_state_is_not_changed(upstream, deep_gemm):

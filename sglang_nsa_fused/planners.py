@@ -1,0 +1,108 @@
+"""What the installed deep_gemm and flash_mla plan for lengths, and whether our kernel may write it in their place.
+
+Decided at capture, by comparison with the installed functions over vectors of lengths, never from version numbers.
+"""
+
+import logging
+import math
+from types import ModuleType
+from typing import Callable, Optional
+
+import torch
+
+from sglang_nsa_fused import reference
+from sglang_nsa_fused.kernels import Engine
+from sglang_nsa_fused.plan import ReplayPlan, Values
+from sglang_nsa_fused.releases import Release
+
+logger = logging.getLogger("sglang_nsa_fused")
+
+SEGMENT_LENS = (256, 128, 512, 64, 1024)  # tokens that one SM takes at once: 256 on SM90; the rest for other kernels
+LONGEST = 1 << 18
+
+
+class Planners:
+    """Both planners of one process; each finding is made once for a number of rows and said once."""
+
+    def __init__(self, release: Release, module: ModuleType, engine: Engine):
+        self._release = release
+        self._to_2d = getattr(module, release.context_lens_2d)
+        self._engine = engine
+        self._segment_lens: dict[int, int] = {}
+        self._flashmla: dict[tuple, object] = {}
+        self._said: set[str] = set()
+
+    def num_sms(self) -> int:
+        import deep_gemm
+
+        return deep_gemm.get_num_sms()
+
+    def schedule(self, lengths: torch.Tensor, bs: int) -> torch.Tensor:
+        """DeepGEMM's own paged MQA schedule, int32 [num_sms + 1, 2], for int32 lengths [rows] and pages of 64 tokens."""
+        import deep_gemm
+
+        return deep_gemm.get_paged_mqa_logits_metadata(self._to_2d(lengths, bs), 64, deep_gemm.get_num_sms())
+
+    def segment_len(self, rows: int, device: str) -> int:
+        """The segment length with which our schedule is DeepGEMM's for so many rows; 0: with none, use theirs."""
+        if rows not in self._segment_lens:
+            expected = [(lengths, self.schedule(lengths, rows)) for lengths in length_vectors(rows, device)]
+            found = (n for n in SEGMENT_LENS if all(self._matches(n, *pair) for pair in expected))
+            self._segment_lens[rows] = next(found, 0)
+            if not self._segment_lens[rows]:
+                self._say("deep_gemm's schedule has a form that this plugin does not know; deep_gemm is called for it")
+        return self._segment_lens[rows]
+
+    def _matches(self, segment_len: int, lengths: torch.Tensor, expected: torch.Tensor) -> bool:
+        if expected.dtype != torch.int32 or expected.dim() != 2 or expected.shape[1] != 2 or len(expected) < 2:
+            return False
+        rows, device = len(lengths), lengths.device
+        schedule = torch.full_like(expected, -1)
+        slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        values = Values(slots.int().view(1, -1), rows, rows, 1, 1, 64, segment_len)
+        plan = ReplayPlan(reference.DECODE, [(None,) * 9 + (schedule, None)], self._engine, values)
+        plan.generate(lengths, slots, None, rows)
+        return torch.equal(schedule, expected)
+
+    def flashmla(self, backend, rows: int):
+        """FlashMLA's plan for so many rows, where it is the same for all lengths, as it is with a top k; else None."""
+        key = (rows, backend.num_q_heads)
+        if key not in self._flashmla:
+            plans = [self.flashmla_of(backend, lengths) for lengths in length_vectors(rows, backend.device)]
+            alike = all(_same_plan(plans[0], plan) for plan in plans[1:])
+            self._flashmla[key] = plans[0] if alike else None
+            if not alike:
+                self._say("flash_mla's metadata depends on the lengths; flash_mla is called for it")
+        return self._flashmla[key]
+
+    def flashmla_of(self, backend, lengths: torch.Tensor):
+        """FlashMLA's own plan for int32 lengths [rows], already clamped to the index's top k by the caller."""
+        clamped = lengths.clamp(max=getattr(backend, self._release.index_topk))
+        return backend._compute_flashmla_metadata(cache_seqlens=clamped, seq_len_q=1)
+
+    def _say(self, finding: str) -> None:
+        if finding not in self._said:
+            self._said.add(finding)
+            logger.warning("sglang-nsa-fused: %s", finding)
+
+
+def _same_plan(a, b) -> bool:
+    # Columns 5 to 7 of the tile metadata are padding that FlashMLA leaves as the allocator had it.
+    return torch.equal(a.num_splits, b.num_splits) and torch.equal(
+        a.flashmla_metadata[:, :5], b.flashmla_metadata[:, :5]
+    )
+
+
+def length_vectors(rows: int, device: str) -> list[torch.Tensor]:
+    """72 int32 vectors [rows]: equal lengths at powers of two and beside block boundaries, mixed ones, some with zeros."""
+    generator = torch.Generator().manual_seed(rows)
+    equal = {1 << power for power in range(19)} | {n + d for n in (64, 128, 256, 512, 2048, 65536) for d in (-1, 1)}
+    vectors = [torch.full((rows,), length) for length in sorted(equal)]
+    vectors.append(torch.zeros(rows, dtype=torch.int64))
+    while len(vectors) < 72:
+        exponent = torch.rand(rows, generator=generator) * math.log2(LONGEST)
+        mixed = (2**exponent).long()
+        if len(vectors) % 4 == 0:
+            mixed[torch.rand(rows, generator=generator) < 0.3] = 0
+        vectors.append(mixed)
+    return list(torch.stack(vectors).to(torch.int32).to(device))

@@ -1,0 +1,102 @@
+"""Our schedule and FlashMLA's constants stand in for the installed planners only while they give the same."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from upstream import CAPTURE_BS, assert_equal_fields, assert_same_fields, batches, steps
+
+from sglang_nsa_fused import bare, planners, reference
+
+
+@pytest.fixture
+def planner(upstream, deep_gemm, monkeypatch):
+    """Lets a test change what the installed deep_gemm gives: change(schedule, lengths) -> schedule."""
+    theirs = deep_gemm.get_paged_mqa_logits_metadata
+
+    def install(change):
+        def changed(context_lens, block, num_sms):
+            return change(theirs(context_lens, block, num_sms), context_lens.view(-1))
+
+        monkeypatch.setattr(deep_gemm, "get_paged_mqa_logits_metadata", changed)
+
+    return install
+
+
+def replay_both(upstream, off, on, mode, draft_tokens=4):
+    for slots, lengths, bs in batches(10):
+        for backend in (off, on):
+            backend.init_forward_metadata_replay_cuda_graph(
+                **bare.graph_batch(backend, upstream.module, mode, slots, lengths, bs)
+            )
+        live = torch.ones(bs * (1 if mode == "DECODE" else draft_tokens), dtype=torch.int64, device=upstream.device)
+        assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY"])
+def test_a_schedule_of_unknown_form_is_deep_gemms(upstream, planner, mode, caplog):
+    planner(lambda schedule, lengths: schedule.flip(0))
+    off, on = upstream.graphs(mode, 4)
+    assert all(on._replays[bs].generates and len(on._replays[bs]._after) == 1 for bs in CAPTURE_BS)
+    assert caplog.text.count("deep_gemm is called for it") == 1
+    replay_both(upstream, off, on, mode)
+
+
+def test_one_differing_vector_is_enough(upstream, planner):
+    planner(lambda schedule, lengths: schedule + int((lengths == 0).all()))
+    off, on = upstream.graphs("DECODE", 4)
+    assert all(len(on._replays[bs]._after) == 1 for bs in CAPTURE_BS)
+
+
+@pytest.mark.parametrize("segment_len", [128, 512])
+def test_other_segments_are_found(upstream, planner, segment_len):
+    planner(lambda schedule, lengths: reference.paged_mqa_schedule(lengths, segment_len, len(schedule) - 1))
+    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    assert not any(on._replays[bs]._after for bs in CAPTURE_BS)
+    replay_both(upstream, off, on, "TARGET_VERIFY")
+
+
+def depends_on_lengths(module):
+    def compute(cache_seqlens, seq_len_q):
+        splits = torch.nn.functional.pad(torch.cumsum(cache_seqlens // 64 + 1, 0, dtype=torch.int32), (1, 0))
+        tiles = torch.full((132, 8), int(cache_seqlens.sum()), dtype=torch.int32, device=cache_seqlens.device)
+        return module.NSAFlashMLAMetadata(flashmla_metadata=tiles, num_splits=splits)
+
+    return compute
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY"])
+def test_flashmla_metadata_that_depends_on_lengths_is_flash_mlas(upstream, deep_gemm, monkeypatch, caplog, mode):
+    made = bare.step_backend
+
+    def step_backend(*args, **kwargs):
+        backend = made(*args, **kwargs)
+        backend._compute_flashmla_metadata = depends_on_lengths(upstream.module)
+        return backend
+
+    monkeypatch.setattr(bare, "step_backend", step_backend)
+    off, on = upstream.graphs(mode, 4, flashmla=True)
+    assert all(len(on._replays[bs]._after) == 1 for bs in CAPTURE_BS)
+    assert caplog.text.count("flash_mla is called for it") == 1
+    replay_both(upstream, off, on, mode)
+
+
+def test_a_draft_extend_graph_that_needs_a_planner_stays_upstreams(upstream, planner):
+    planner(lambda schedule, lengths: schedule.flip(0))
+    off, on = upstream.graphs("DRAFT_EXTEND", 4)
+    assert not any(on._replays[bs].generates for bs in CAPTURE_BS)
+
+
+def test_steps_get_deep_gemms_schedule_too(upstream, planner):
+    planner(lambda schedule, lengths: schedule.flip(0))
+    off, on = upstream.multi(upstream.classes, 3), upstream.multi(upstream.fused(), 3)
+    for bs, live in steps(upstream, off, on, count=5):
+        assert_same_fields(off, on, bs, live)
+
+
+def test_enough_vectors_are_compared():
+    vectors = planners.length_vectors(7, "cpu")
+    assert len(vectors) >= 64
+    values = {int(n) for vector in vectors for n in vector}
+    assert {0, 1, 63, 65, 127, 129, 255, 257, 1 << 18} <= values
+    assert sum(len(vector.unique()) > 3 for vector in vectors) > 20

@@ -1,0 +1,74 @@
+"""Draft steps share one set of buffers where nothing that they read tells them apart."""
+
+import logging
+
+import torch
+from upstream import assert_same_fields, steps
+
+from sglang_nsa_fused import bare, sharing
+
+
+def storages(backend):
+    return {
+        (bs, name): tensor.data_ptr()
+        for bs, metadata in backend.decode_cuda_graph_metadata.items()
+        if isinstance(bs, int)
+        for name, tensor in vars(metadata).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def test_all_steps_have_the_first_ones_tensors(upstream, deep_gemm, caplog):
+    caplog.set_level(logging.INFO, "sglang_nsa_fused")
+    on, off = upstream.multi(upstream.fused(), 5), upstream.multi(upstream.classes, 5)
+    first, *others = on.attn_backends
+    assert len(others) == 3 and all(storages(backend) == storages(first) for backend in others)
+    assert all(backend.forward_metadata is first.forward_metadata for backend in others)
+    assert all(len(replay._metadatas) == 1 for replay in on._replays.values())
+    apart = [storages(backend)[8, "page_table_1"] for backend in off.attn_backends]
+    assert len(set(apart)) == 4
+    table = first.decode_cuda_graph_metadata["page_table"]
+    assert "4 draft steps share one set of buffers" in caplog.text
+    reported = float(caplog.text.split("set of buffers, ")[1].split(" MiB")[0]) * 2**20
+    assert reported >= 3 * table.numel() * 4 * 0.99
+
+
+def test_steps_that_read_their_number_keep_their_own(upstream, deep_gemm, monkeypatch):
+    """As a release would that gives each step a length of its own."""
+
+    def reads_its_number(self):
+        return self.speculative_step_id
+
+    monkeypatch.setattr(upstream.classes[0], "reads_its_number", reads_its_number, raising=False)
+    step_backend, count = bare.step_backend, iter(range(100))
+
+    def numbered(*args, **kwargs):
+        backend = step_backend(*args, **kwargs)
+        backend.speculative_step_id = next(count)
+        return backend
+
+    monkeypatch.setattr(bare, "step_backend", numbered)
+    on, off = upstream.multi(upstream.fused(), 5), upstream.multi(upstream.classes, 5)
+    assert len({storages(backend)[8, "page_table_1"] for backend in on.attn_backends}) == 4
+    assert all(len(replay._metadatas) == 4 for replay in on._replays.values())
+    for bs, live in steps(upstream, off, on, count=10):
+        for backend in off.attn_backends[:3]:  # upstream's schedule is stale there
+            object.__setattr__(backend.decode_cuda_graph_metadata[bs], "paged_mqa_schedule_metadata", None)
+        for backend in on.attn_backends[:3]:
+            assert backend.decode_cuda_graph_metadata[bs].paged_mqa_schedule_metadata is not None
+        assert_same_fields(off, on, bs, live)
+
+
+def test_a_number_that_is_only_stored_does_not_count(upstream):
+    on = upstream.multi(upstream.fused(), 4)
+    for number, backend in enumerate(on.attn_backends):
+        backend.speculative_step_id = number
+    assert sharing.steps_are_alike(on.attn_backends)
+    on.attn_backends[2].nsa_index_topk = 1024
+    assert not sharing.steps_are_alike(on.attn_backends)
+
+
+def test_another_table_of_slots_is_not_shared(upstream):
+    on = upstream.multi(upstream.fused(), 3)
+    on.attn_backends[1].req_to_token = on.attn_backends[0].req_to_token + 1
+    assert not sharing.steps_are_alike(on.attn_backends)

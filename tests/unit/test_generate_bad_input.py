@@ -1,0 +1,134 @@
+"""What does not fit is refused with the parameter's name, and nothing is written."""
+
+import pytest
+import torch
+from generated import NAMES, make
+
+from sglang_nsa_fused.plan import ReplayPlan
+from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
+
+AT = {name: at for at, name in enumerate(NAMES)}
+
+
+def destination(name, new):
+    def spoil(case):
+        case.destinations[0][AT[name]] = new(case.destinations[0][AT[name]], case)
+
+    return spoil
+
+
+def value(name, new):
+    def spoil(case):
+        case.values = case.values._replace(**{name: new(case.values) if callable(new) else new})
+
+    return spoil
+
+
+AT_CAPTURE = [
+    (DECODE, destination("cache_seqlens", lambda t, _: t.long()), TypeError, "cache_seqlens_dst: expected dtype int32, got int64"),
+    (DECODE, destination("page_table_1", lambda t, _: [1]), TypeError, "page_table_1_dst: expected an int32 tensor, got ffi.Array"),
+    (DECODE, destination("cu_seqlens_k", lambda t, _: t[:-1]), ValueError, r"cu_seqlens_k_dst: expected a shape of at least \[4\], got \[3\]"),
+    (TARGET_VERIFY, destination("nsa_cache_seqlens", lambda t, _: t[:-1]), ValueError, r"nsa_cache_seqlens_dst: .* at least \[12\], got \[11\]"),
+    (TARGET_VERIFY, destination("page_table_1", lambda t, _: t[:3]), ValueError, r"page_table_1_dst: expected a shape of at least \[12, 0\], got \[3, "),
+    (DECODE, destination("page_table_1", lambda t, _: t[:, ::2]), ValueError, "page_table_1_dst: expected last stride 1, got 2"),
+    (DECODE, destination("real_page_table", lambda t, _: t[0]), ValueError, "real_page_table_dst: expected 2 dimensions, got 1"),
+    (DECODE, destination("paged_mqa_schedule", lambda t, _: t[:1]), ValueError, r"paged_mqa_schedule_dst: expected \[num_sms \+ 1, 2\], got 2 elements"),
+    (DECODE, destination("page_table_1", lambda t, _: t.as_strided(t.shape, (1, 1))), ValueError, "page_table_1_dst: expected rows apart"),
+    (DECODE, destination("nsa_cache_seqlens", lambda t, c: c.destinations[0][AT["cache_seqlens"]]), ValueError, "expected memory of its own, but it overlaps"),
+    (TARGET_VERIFY, destination("seqlens_expanded", lambda t, c: c.destinations[0][AT["nsa_cache_seqlens"]]), ValueError, "expected memory of its own"),
+    (DECODE, destination("page_table_1", lambda t, c: c.values.req_to_token[:3]), ValueError, "overlaps a source"),
+    (DECODE, value("num_splits", None), ValueError, "flashmla_num_splits_dst: expected None as its source is None"),
+    (DECODE, value("segment_len", 0), ValueError, "segment_len: expected the tokens of a schedule's segment"),
+    (DECODE, value("segment_len", -1), ValueError, "segment_len: expected 0 to 2147483647, got -1"),
+    (DECODE, value("page_size", 48), ValueError, "page_size: expected a power of two, got 48"),
+    (DECODE, value("nsa_index_topk", 0), ValueError, "nsa_index_topk: expected 1 to"),
+    (DECODE, value("rows", 4), ValueError, r"rows: expected bs \* rows per request = 3, got 4"),
+    (TARGET_VERIFY, value("num_draft_tokens", 0), ValueError, "num_draft_tokens: expected 1 to"),
+    (DECODE, value("req_to_token", None), TypeError, "req_to_token: expected an int32 tensor, got NoneType"),
+    (DECODE, value("req_to_token", lambda v: v.req_to_token.long()), TypeError, "req_to_token: expected dtype int32, got int64"),
+    (DECODE, value("len_offsets", (0, 0)), ValueError, "len_offsets: expected one for each destination, got 2"),
+]
+
+
+@pytest.mark.parametrize("mode, spoil, error, text", AT_CAPTURE, ids=[text[:40] for *_, text in AT_CAPTURE])
+def test_at_capture(device, mode, spoil, error, text):
+    case = make(device, mode)
+    spoil(case)
+    with pytest.raises(error, match=text):
+        ReplayPlan(mode, case.destinations, values=case.values)
+
+
+def batch(at, new):
+    def spoil(args):
+        args[at] = new(args[at]) if callable(new) else new
+
+    return spoil
+
+
+LENS, SLOTS, EXTEND, BS = range(4)
+AT_REPLAY = [
+    (DECODE, batch(BS, 4), ValueError, "bs: expected 0 to the captured 3, got 4"),
+    (DECODE, batch(BS, -1), ValueError, "bs: expected 0 to the captured 3, got -1"),
+    (DECODE, batch(BS, "3"), TypeError, "bs: expected an integer"),
+    (DECODE, batch(LENS, lambda t: t[:2]), ValueError, "seq_lens: expected at least bs = 3 elements, got 2"),
+    (DECODE, batch(LENS, lambda t: t.float()), TypeError, "seq_lens: expected dtype int32 or int64, got float32"),
+    (DECODE, batch(LENS, None), TypeError, "seq_lens: expected an int32 or int64 tensor, got None"),
+    (DECODE, batch(SLOTS, lambda t: t.to(torch.int16)), TypeError, "req_pool_indices: expected dtype int32 or int64, got int16"),
+    (DECODE, batch(SLOTS, lambda t: t.repeat(2)[::2]), ValueError, "req_pool_indices: expected last stride 1, got 2"),
+    (DECODE, batch(EXTEND, lambda _: torch.ones(3, dtype=torch.int32)), ValueError, "extend_lens: expected None but in draft extend"),
+    (DRAFT_EXTEND, batch(EXTEND, lambda t: t.long()), TypeError, "extend_lens: expected dtype int32, got int64"),
+    (DRAFT_EXTEND, batch(EXTEND, lambda t: t[:2]), ValueError, "extend_lens: expected at least bs = 3 elements, got 2"),
+]
+
+
+@pytest.mark.parametrize("mode, spoil, error, text", AT_REPLAY, ids=[text[:40] for *_, text in AT_REPLAY])
+def test_at_replay_nothing_is_written(mode, spoil, error, text):
+    case = make("cpu", mode)
+    plan, args = case.plan(), list(case.batch)
+    spoil(args)
+    with pytest.raises(error, match=text):
+        plan.generate(*args)
+    case.check_untouched()
+
+
+def test_what_only_the_device_sees_is_refused_on_the_cpu():
+    case = make("cpu", DRAFT_EXTEND)
+    plan = case.plan()
+    lens, slots, extend, bs = case.batch
+    with pytest.raises(ValueError, match="extend_lens: expected at most the captured 12 rows, got 15"):
+        plan.generate(lens, slots, extend.fill_(5), bs)
+    with pytest.raises(ValueError, match="req_pool_indices: expected 0 to 6, got 7"):
+        plan.generate(lens, slots.fill_(7), extend.fill_(1), bs)
+    case.check_untouched()
+
+
+def test_too_few_rows_for_equal_shares(device):
+    case = make(device, DRAFT_EXTEND, accepted=False)
+    case.values = case.values._replace(rows=11)
+    with pytest.raises(ValueError, match="extend_lens: expected an int32 tensor, as 3 requests of 4 rows are more than the captured 11"):
+        ReplayPlan(DRAFT_EXTEND, case.destinations, values=case.values).generate(*case.batch)
+    case.check_untouched()
+
+
+def test_a_length_vector_that_is_written_otherwise(device):
+    case = make(device, TARGET_VERIFY, length_dtype=torch.int32)
+    captured = case.destinations[0][AT["cache_seqlens"]]
+    with pytest.raises(ValueError, match="seq_lens: expected memory that is not written, but it overlaps cache_seqlens_dst"):
+        case.plan().generate(captured, *case.batch[1:])
+    case.check_untouched()
+
+
+def test_steps_of_unequal_lengths_may_not_share_them(device):
+    case = make(device, DECODE, num_dst=2, len_offsets=(0, 1))
+    case.destinations[1][0] = case.destinations[0][0]
+    with pytest.raises(ValueError, match="cache_seqlens_dst1: expected memory of its own, but it overlaps cache_seqlens_dst0"):
+        case.plan()
+
+
+def test_an_engine_that_only_copies():
+    from sglang_nsa_fused import reference
+    from sglang_nsa_fused.kernels import Engine
+
+    case = make("cpu")
+    with pytest.raises(ValueError, match="engine: expected one that generates"):
+        ReplayPlan(DECODE, case.destinations, Engine("reference", reference.copy_plan), case.values)

@@ -1,0 +1,62 @@
+"""Upstream's real classes for the tests, with the plugin off and on."""
+
+import torch
+
+from sglang_nsa_fused import backends, bare, plugin
+from sglang_nsa_fused.settings import Settings
+
+SETTINGS = Settings(enabled=True, required=False, allowlist=None)
+CAPTURE_BS = [1, 2, 4, 8]
+LONGEST = 3000
+
+
+class Upstream:
+    def __init__(self, device):
+        self.release, self.version = plugin.find_release()
+        self.module = bare.import_upstream(self.release, device)
+        plugin.import_backend(self.release)
+        self.classes = getattr(self.module, self.release.backend), getattr(self.module, self.release.multi_step)
+        self.device = device
+
+    def fused(self, settings=SETTINGS):
+        return backends.subclasses(self.release, self.module, self.version, settings)
+
+    def multi(self, classes, draft_steps, flashmla=False):
+        width = LONGEST + draft_steps + 1
+        table = torch.randperm(17 * width, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(17, width)
+        args = (self.release, self.device, table.to(self.device), draft_steps, CAPTURE_BS, flashmla)
+        return bare.multi_step_backend(classes, *args)
+
+    def graphs(self, mode, draft_tokens, flashmla=False):
+        """A step backend captured in this ForwardMode, off and on."""
+        width = LONGEST + draft_tokens + 1
+        table = torch.randperm(17 * width, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(17, width)
+        args = (self.module, self.release, self.device, table.to(self.device), draft_tokens, mode, CAPTURE_BS, flashmla)
+        return [bare.graph_backend(cls, *args) for cls in (self.classes[0], self.fused()[0])]
+
+
+def batches(count=40):
+    """Requests as a server has them: (slots, lengths, the captured batch size)."""
+    for slots, lengths in bare.requests(count, most=CAPTURE_BS[-1], longest=LONGEST):
+        yield slots, lengths, next(size for size in CAPTURE_BS if size >= len(slots))
+
+
+def steps(upstream, off, on, count=40):
+    """Replays the same requests on both sides; yields (bs, live lengths) after each."""
+    for slots, lengths, bs in batches(count):
+        for multi in (off, on):
+            bare.replay(multi, bare.forward_batch(multi, slots, lengths, bs))
+        yield bs, torch.tensor(lengths + [1] * (bs - len(lengths)), device=upstream.device)
+
+
+def assert_same_fields(off, on, bs, live):
+    for number, (left, right) in enumerate(zip(off.attn_backends, on.attn_backends)):
+        expected, found = (bare.fields(backend.decode_cuda_graph_metadata[bs], live) for backend in (left, right))
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), f"{name} of backend {number}, batch {bs}"
+
+
+def assert_equal_fields(expected, found):
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
