@@ -4,7 +4,6 @@
 """
 
 import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Callable, Optional
 
@@ -15,10 +14,10 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.timing import copy_rate, gpu_us, host_us, launches
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
 from sglang_nsa_fused.settings import Settings
 
-CYCLES_PER_US = 1980  # of an H100 at its highest clock; at a lower one the backlog is longer
 WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens
 
 
@@ -80,41 +79,6 @@ class Workload:
                 fused_metadata_copy_cuda(*self.sources, *destination, reference.DECODE, *self.sizes)
 
         return run
-
-
-def host_us(run: Callable, calls: int = 40) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter_ns()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter_ns() - start) / calls / 1e3
-
-
-def gpu_us(run: Callable, calls: int, host_us: float) -> float:
-    """Behind a backlog of twice the time that the host takes for these calls, so that the GPU never waits for it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(CYCLES_PER_US * (2 * calls * host_us + 500)))
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls * 1e3
-
-
-def launches(run: Callable) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profile.events())
-
-
-def copy_rate() -> float:
-    """Bytes per microsecond of the device-to-device copy, counting bytes read and written."""
-    source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
-    target = torch.empty_like(source)
-    times = [gpu_us(lambda: target.copy_(source), 4, host_us=20) for _ in range(10)]
-    return 2 * 4 * source.numel() / statistics.median(times)
 
 
 def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -1,4 +1,4 @@
-"""compute-sanitizer over copies of odd sizes; a missing tool is a failure."""
+"""compute-sanitizer over copies and generations of odd sizes; a missing tool is a failure."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 CODE = """
+import generated
 from cases import make
 from sglang_nsa_fused import ReplayPlan, kernels
 import torch
@@ -20,6 +21,9 @@ for mode in (0, 1, 2):
             expected = case.expected()
             ReplayPlan(mode, case.destinations).copy(*case.sources, *case.sizes)
             case.check(expected)
+    for bs, longest in ((1, 1), (3, 65), (7, 2049), (300, 129)):
+        for num_dst in (1, 3):
+            generated.make("cuda", mode, bs=bs, longest=longest, num_dst=num_dst, num_sms=78).run()
 torch.cuda.synchronize()
 print("checked")
 """

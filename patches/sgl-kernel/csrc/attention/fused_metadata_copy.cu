@@ -159,10 +159,10 @@ class Written {
 
   void add(const View& view, int f, int d) { tensors_.push_back({view, f, d, nullptr}); }
 
-  // Sorts by address; to be called once, after the last add. name: (f, d) -> Name.
+  // Sorts by address; to be called once, after the last add; of equal addresses the later one is named. name: (f, d) -> Name.
   template <typename NameOf>
   void check_apart(const NameOf& name) {
-    std::sort(tensors_.begin(), tensors_.end(),
+    std::stable_sort(tensors_.begin(), tensors_.end(),
               [](const Tensor& a, const Tensor& b) { return a.view.begin() < b.view.begin(); });
     const int32_t* reach = nullptr;
     for (auto w = tensors_.begin(); w != tensors_.end(); ++w) {
