@@ -91,6 +91,16 @@ struct Copy {
 #endif
 };
 
+// args: seq_lens, req_pool_indices, extend_lens or None, bs
+Batch read_batch(ffi::PackedArgs args, Reader& read) {
+  Batch batch;
+  std::tie(batch.seq_lens.view, batch.seq_lens.is_64) = read.integers(args[0], {"seq_lens"});
+  std::tie(batch.req_pool_indices.view, batch.req_pool_indices.is_64) = read.integers(args[1], {"req_pool_indices"});
+  batch.extend_lens = read(args[2], Form::kVector, {"extend_lens"});
+  batch.bs = read_size(args[3], "bs");
+  return batch;
+}
+
 // A plan, the device of its tensors, and what their launch depends on.
 struct Generate {
   GeneratePlan plan;
@@ -106,14 +116,7 @@ struct Generate {
 #endif
   }
 
-  // args: seq_lens, req_pool_indices, extend_lens or None, bs
-  void operator()(ffi::PackedArgs args) const {
-    Batch batch;
-    Reader read(device);
-    std::tie(batch.seq_lens.view, batch.seq_lens.is_64) = read.integers(args[0], {"seq_lens"});
-    std::tie(batch.req_pool_indices.view, batch.req_pool_indices.is_64) = read.integers(args[1], {"req_pool_indices"});
-    batch.extend_lens = read(args[2], Form::kVector, {"extend_lens"});
-    batch.bs = read_size(args[3], "bs");
+  void operator()(const Batch& batch) const {
     plan.check(batch);
     if (batch.bs == 0) return;
     if (device.device_type == kDLCPU) {
@@ -229,10 +232,53 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   const auto generate = std::make_shared<const Generate>(std::move(plan), read.device());
   const auto replay = [generate](ffi::PackedArgs args, ffi::Any*) {
     check_count(args, 4, "generate");
-    (*generate)(args);
+    Reader read(generate->device);
+    (*generate)(read_batch(args, read));
   };
   *result = ffi::Function::FromPacked(
       [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+}
+
+// (seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols, num_draft_tokens,
+// nsa_index_topk, page_size, segment_len, num_sms): a draft extend's tensors, one after another in the workspace:
+// schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages],
+// cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows], nsa_cache_seqlens [rows], nsa_cu_seqlens_k
+// [rows + 1].
+void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
+  check_count(args, 13, "generate_draft_extend");
+  Reader read;
+  const Batch batch = read_batch(args, read);
+  const View req_to_token = read(args[4], Form::kTable, {"req_to_token"});
+  const View workspace = read(args[5], Form::kVector, {"workspace"});
+  const int64_t rows = read_size(args[6], "rows"), cols = read_size(args[7], "cols");
+  const GenerateSizes sizes{batch.bs,
+                            rows,
+                            read_size(args[8], "num_draft_tokens"),
+                            read_size(args[9], "nsa_index_topk"),
+                            read_size(args[10], "page_size"),
+                            read_size(args[11], "segment_len")};
+  const int64_t num_sms = read_size(args[12], "num_sms");
+  for (const auto& [name, value] : {std::pair{"rows", rows}, {"cols", cols}, {"bs", batch.bs}, {"num_sms", num_sms}})
+    if (value < 1) refuse(name, ": expected 1 or more, got ", value);
+  if (sizes.page_size < 1) refuse("page_size: expected 1 or more, got ", sizes.page_size);
+  const int64_t pages = (cols + sizes.page_size - 1) / sizes.page_size;
+
+  std::vector<GeneratePlan::Destination> dst(1);
+  int64_t used = 0;
+  const auto place = [&](int f, int64_t rows, int64_t cols) {
+    dst[0].field[f] = {true, workspace.data + used, rows, cols, cols};
+    used += rows * cols;
+  };
+  if (sizes.segment_len) place(kSchedule, 1, 2 * (num_sms + 1));
+  place(kPageTable1, rows, cols);
+  place(kRealPageTable, rows, pages);
+  place(kCacheSeqlens, 1, batch.bs);
+  place(kCuSeqlensK, 1, batch.bs + 1);
+  place(kSeqlensExpanded, 1, rows);
+  place(kNsaCacheSeqlens, 1, rows);
+  place(kNsaCuSeqlensK, 1, rows + 1);
+  if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
+  Generate(GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst)), read.device())(batch);
 }
 
 // The GPU architectures compiled in, such as "sm_90 compute_121"; empty without CUDA.
@@ -260,4 +306,5 @@ NSA_FUSED_EXPORT_PACKED(fused_metadata_copy)
 NSA_FUSED_EXPORT_PACKED(fused_metadata_copy_multi)
 NSA_FUSED_EXPORT_PACKED(copy_plan)
 NSA_FUSED_EXPORT_PACKED(generate_plan)
+NSA_FUSED_EXPORT_PACKED(generate_draft_extend)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_archs, nsa_fused::cuda_archs)

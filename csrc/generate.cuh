@@ -13,8 +13,8 @@
 namespace nsa_fused {
 
 constexpr int kGenerateThreads = 256;
-constexpr int kColsPerThread = 4;
-constexpr int kGenerateTile = kGenerateThreads * kColsPerThread;
+constexpr int kVectorsPerThread = 2;
+constexpr int kGenerateTile = kGenerateThreads * kVectorsPerThread * 4;
 constexpr int kLineCols = 32;  // table columns in a 128-byte line
 
 // Counts over requests, unsigned as torch's int32 sums wrap.
@@ -90,6 +90,35 @@ __device__ void write_plans(const GenerateParams<kCapacity>& p, const GenerateDs
   if (dst.field[kSchedule]) write_schedule<kGenerateThreads>(p, dst);
 }
 
+// Columns [col, col + 4) of a row that ends at cols; what lies outside is not read.
+__device__ __forceinline__ int4 load4(const int32_t* row, int64_t col, int64_t cols) {
+  if (col >= 0 && col + 4 <= cols) return *reinterpret_cast<const int4*>(row + col);
+  const auto one = [&](int64_t c) { return c >= 0 && c < cols ? row[c] : 0; };
+  return make_int4(one(col), one(col + 1), one(col + 2), one(col + 3));
+}
+
+__device__ __forceinline__ void store4(int32_t* row, int64_t col, int64_t cols, int4 v) {
+  if (col >= 0 && col + 4 <= cols) {
+    *reinterpret_cast<int4*>(row + col) = v;
+    return;
+  }
+  const int32_t value[] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (col + i >= 0 && col + i < cols) row[col + i] = value[i];
+}
+
+// Elements [at, at + 4) of 16-byte vectors in shared memory.
+__device__ __forceinline__ int4 shifted(const int4* vectors, int at) {
+  const int4 a = vectors[at / 4], b = vectors[at / 4 + 1];
+  switch (at % 4) {  // the same for all threads
+    case 0: return a;
+    case 1: return make_int4(a.y, a.z, a.w, b.x);
+    case 2: return make_int4(a.z, a.w, b.x, b.y);
+    default: return make_int4(a.w, b.x, b.y, b.z);
+  }
+}
+
 // Every p.splits-th tile of one request's live columns: read once, written to its rows in every destination.
 template <int kCapacity>
 __device__ void write_tables(const GenerateParams<kCapacity>& p, int i, int split) {
@@ -114,43 +143,39 @@ __device__ void write_tables(const GenerateParams<kCapacity>& p, int i, int spli
   const int32_t* src = p.req_to_token + slot * p.token_pitch;
   const int64_t cols = min(static_cast<int64_t>(r.cache_len), p.token_cols);
 
-  // Tiles begin on a line of the first table, since a line written in part costs L2 a merge.
-  const int32_t* table = p.dst[0].field[kPageTable1];
-  const int lead = table ? reinterpret_cast<uintptr_t>(table + first_row * p.dst[0].table_pitch) / 4 % kLineCols : 0;
-  for (int64_t tile = split; tile * kGenerateTile - lead < cols; tile += p.splits) {
-    const int64_t begin = tile * kGenerateTile - lead + threadIdx.x;
-    int32_t value[kColsPerThread];
-#pragma unroll
-    for (int k = 0; k < kColsPerThread; ++k) {
-      const int64_t col = begin + k * kGenerateThreads;
-      value[k] = col >= 0 && col < cols ? src[col] : 0;
-    }
+  // A tile is staged once, with one line more than it has columns, and each row takes from it what begins and ends on
+  // lines of its own: a line written in part costs L2 a merge, and rows lie at any multiple of four bytes.
+  constexpr int kVectors = (kGenerateTile + kLineCols) / 4 + 1;
+  __shared__ int4 staged[kVectors];
+  const auto line_begin = [](const int32_t* row) {  // where the last line before the row's first begins, -32 to -1
+    return -1 - static_cast<int>((reinterpret_cast<uintptr_t>(row) / 4 - 1) % kLineCols);
+  };
+  for (int64_t tile = split; tile * kGenerateTile - kLineCols < cols; tile += p.splits) {
+    const int64_t first = tile * kGenerateTile - kLineCols;  // the first column that any row may take
+    const int64_t base = first - (reinterpret_cast<uintptr_t>(src) / 4 + first) % 4;  // where its 16 bytes begin
+    for (int v = threadIdx.x; v < kVectors; v += kGenerateThreads) staged[v] = load4(src, base + v * 4, cols);
+    __syncthreads();
     for (int d = 0; d < p.num_dst; ++d) {
       const GenerateDst& dst = p.dst[d];
-      for (int row = 0; row < r.rows; ++row) {
-        int32_t* to = dst.field[kPageTable1];
-        if (to) {
-          to += (first_row + row) * dst.table_pitch;
-          const int64_t end = min(cols, dst.table_cols);
+      for (int row = 0; row < r.rows && dst.field[kPageTable1]; ++row) {
+        int32_t* to = dst.field[kPageTable1] + (first_row + row) * dst.table_pitch;
+        const int64_t begin = tile * kGenerateTile + line_begin(to), end = min(cols, dst.table_cols);
 #pragma unroll
-          for (int k = 0; k < kColsPerThread; ++k) {
-            const int64_t col = begin + k * kGenerateThreads;
-            if (col >= 0 && col < end) to[col] = value[k];
-          }
-        }
-        to = dst.field[kRealPageTable];
-        if (to) {
-          to += (first_row + row) * dst.page_pitch;
-#pragma unroll
-          for (int k = 0; k < kColsPerThread; ++k) {
-            const int64_t col = begin + k * kGenerateThreads, page = col >> p.page_shift;
-            // An arithmetic shift is torch's floor division.
-            if (col >= 0 && col < cols && page << p.page_shift == col && page < dst.page_cols)
-              to[page] = value[k] >> p.page_shift;
-          }
+        for (int k = 0; k < kVectorsPerThread; ++k) {
+          const int at = (k * kGenerateThreads + threadIdx.x) * 4;
+          store4(to, begin + at, end, shifted(staged, static_cast<int>(begin - base) + at));
         }
       }
+      for (int row = 0; row < r.rows && dst.field[kRealPageTable]; ++row) {
+        int32_t* to = dst.field[kRealPageTable] + (first_row + row) * dst.page_pitch;
+        // Of the tile's own columns, without the line more. An arithmetic shift is torch's floor division.
+        const int64_t own_end = min(first + kGenerateTile, cols);
+        int64_t page = ((max(first, int64_t{0}) - 1) >> p.page_shift) + 1 + threadIdx.x;
+        for (; page << p.page_shift < own_end && page < dst.page_cols; page += kGenerateThreads)
+          to[page] = reinterpret_cast<const int32_t*>(staged)[(page << p.page_shift) - base] >> p.page_shift;
+      }
     }
+    __syncthreads();
   }
 }
 
@@ -167,7 +192,7 @@ __global__ void __launch_bounds__(kGenerateThreads) generate_kernel(const __grid
 // How many blocks share a request's columns: enough to fill the GPU, and no more than there are tiles.
 inline int splits_for(int bs, int64_t cols, int num_sms) {
   constexpr int kBlocksPerSm = 2048 / kGenerateThreads;
-  const int64_t tiles = (cols + kLineCols + kGenerateTile - 2) / kGenerateTile;
+  const int64_t tiles = (cols + kLineCols + kGenerateTile - 1) / kGenerateTile;
   const int64_t wanted = (static_cast<int64_t>(num_sms) * kBlocksPerSm + bs - 1) / bs;
   return static_cast<int>(tiles < wanted ? tiles : wanted);
 }

@@ -233,7 +233,7 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
             if not draft_extend.applies(release, self, forward_batch):
                 return super().init_forward_metadata(forward_batch)
             engine, planners = decisions(self)
-            if engine.generate_plan is None:
+            if engine.generate_draft_extend is None:
                 return super().init_forward_metadata(forward_batch)
             self.forward_metadata = draft_extend.build(release, module, planners, engine, self, forward_batch)
 

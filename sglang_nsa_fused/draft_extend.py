@@ -5,9 +5,7 @@ from types import ModuleType
 import torch
 
 from sglang_nsa_fused.kernels import Engine
-from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.planners import Planners
-from sglang_nsa_fused.reference import DRAFT_EXTEND
 from sglang_nsa_fused.releases import Release
 
 
@@ -37,51 +35,52 @@ def build(release: Release, module: ModuleType, planners: Planners, engine: Engi
     pages = (cols + page_size - 1) // page_size
     device = forward_batch.seq_lens.device
     segment_len = planners.segment_len(rows, device) if module.is_cuda() else 0
-    schedule_rows = planners.num_sms() + 1 if segment_len else 0
+    num_sms = planners.num_sms() if segment_len else 1
 
-    sizes = (2 * schedule_rows, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
+    sizes = (2 * (num_sms + 1) if segment_len else 0, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
     workspace = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split(sizes)
-    schedule, table, real_table = schedule.view(-1, 2), table.view(rows, cols), real_table.view(rows, pages)
-    if not segment_len:
-        schedule = None
-    draft_tokens = getattr(backend, release.draft_tokens)
-    values = Values(
-        getattr(backend, release.req_to_token), bs, rows, draft_tokens, getattr(backend, release.index_topk), page_size,
+    engine.generate_draft_extend(
+        forward_batch.seq_lens,
+        forward_batch.req_pool_indices,
+        None if fixed else forward_batch.extend_seq_lens,
+        bs,
+        getattr(backend, release.req_to_token),
+        workspace,
+        rows,
+        cols,
+        getattr(backend, release.draft_tokens),
+        getattr(backend, release.index_topk),
+        page_size,
         segment_len,
-    )  # fmt: skip
-    plan = ReplayPlan(
-        DRAFT_EXTEND,
-        [(cache_lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, schedule, None)],
-        engine,
-        values,
+        num_sms,
     )
-    extend_lens = None if fixed else forward_batch.extend_seq_lens
-    plan.generate(forward_batch.seq_lens, forward_batch.req_pool_indices, extend_lens, bs)
+    schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split(sizes)
+    schedule = schedule.view(-1, 2) if segment_len else None
 
     flashmla = None
     if not backend.use_mha and getattr(backend, release.decode_impl) == "flashmla_kv":
         flashmla = planners.flashmla(backend, rows) or planners.flashmla_of(backend, nsa_lens)
     if schedule is None and module.is_cuda():
         schedule = planners.schedule(expanded, bs)
+    arange = backend.get_device_int32_arange(rows + 1)
     return getattr(module, release.metadata)(
         page_size=page_size,
         cache_seqlens_int32=cache_lens,
         max_seq_len_q=1,
         max_seq_len_k=cols,
-        cu_seqlens_q=backend.get_device_int32_arange(rows + 1),
+        cu_seqlens_q=arange,
         cu_seqlens_k=cu_lens,
         seq_lens_sum=forward_batch.seq_lens_sum,
-        page_table_1=table,
+        page_table_1=table.view(rows, cols),
         page_table_1_flattened=None,
         flashmla_metadata=flashmla,
         paged_mqa_schedule_metadata=schedule,
         nsa_cache_seqlens_int32=nsa_lens,
-        nsa_cu_seqlens_q=backend.get_device_int32_arange(rows + 1),
+        nsa_cu_seqlens_q=arange,
         nsa_cu_seqlens_k=nsa_cu_lens,
         nsa_extend_seq_lens_list=extend_lens_cpu,
         nsa_seqlens_expanded=expanded,
-        real_page_table=real_table,
+        real_page_table=real_table.view(rows, pages),
         nsa_max_seqlen_q=1,
         topk_indices_offset=None,
         indexer_k_start_end=None,

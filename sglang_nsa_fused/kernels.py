@@ -17,6 +17,7 @@ class Engine(NamedTuple):
     reason: str = ""  # why nothing better was chosen
     # (mode, Values, destinations) -> function of seq_lens, req_pool_indices, extend_lens, bs; None: it only copies
     generate_plan: Optional[Callable] = None
+    generate_draft_extend: Optional[Callable] = None  # see `_native_draft_extend`; None: it only copies
 
 
 @functools.lru_cache(None)
@@ -131,6 +132,20 @@ def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Opt
     return generate
 
 
+@functools.lru_cache(None)
+def _native_draft_extend() -> Callable:
+    """A function of seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols,
+    num_draft_tokens, nsa_index_topk, page_size, segment_len, num_sms that writes a draft extend's metadata.
+
+    workspace: int32, of the schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols],
+    real_page_table [rows, pages], cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows],
+    nsa_cache_seqlens [rows] and nsa_cu_seqlens_k [rows + 1], one after another. Raises as `ReplayPlan.generate`.
+    """
+    generate = library().generate_draft_extend
+    generate.release_gil = False
+    return generate
+
+
 def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
     from sgl_kernel import fused_metadata_copy_cuda as copy_one
 
@@ -157,7 +172,9 @@ def select(device_type: str) -> Engine:
         except Exception as error:  # the reason is handed on: the caller warns, or ends the process
             reasons.append(f"{name}: {error}")
         else:
-            return Engine(name, copy_plan, "; ".join(reasons), _native_generate_plan if name == "native" else None)
+            if name == "native":
+                return Engine(name, copy_plan, "", _native_generate_plan, _native_draft_extend())
+            return Engine(name, copy_plan, "; ".join(reasons))
     return Engine("reference", reference.copy_plan, "; ".join(reasons))
 
 

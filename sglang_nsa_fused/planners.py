@@ -3,6 +3,7 @@
 Decided at capture, by comparison with the installed functions over vectors of lengths, never from version numbers.
 """
 
+import functools
 import logging
 import math
 from types import ModuleType
@@ -32,16 +33,18 @@ class Planners:
         self._flashmla: dict[tuple, object] = {}
         self._said: set[str] = set()
 
-    def num_sms(self) -> int:
+    @functools.cached_property
+    def _deep_gemm(self) -> ModuleType:
         import deep_gemm
 
-        return deep_gemm.get_num_sms()
+        return deep_gemm
+
+    def num_sms(self) -> int:
+        return self._deep_gemm.get_num_sms()
 
     def schedule(self, lengths: torch.Tensor, bs: int) -> torch.Tensor:
         """DeepGEMM's own paged MQA schedule, int32 [num_sms + 1, 2], for int32 lengths [rows] and pages of 64 tokens."""
-        import deep_gemm
-
-        return deep_gemm.get_paged_mqa_logits_metadata(self._to_2d(lengths, bs), 64, deep_gemm.get_num_sms())
+        return self._deep_gemm.get_paged_mqa_logits_metadata(self._to_2d(lengths, bs), 64, self.num_sms())
 
     def segment_len(self, rows: int, device: str) -> int:
         """The segment length with which our schedule is DeepGEMM's for so many rows; 0: with none, use theirs."""
