@@ -31,31 +31,34 @@ def gpu_us(run: Callable, calls: int, host_us: float) -> float:
 
 
 def launches(run: Callable) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     return sum(event.device_type.name == "CUDA" for event in profile.events())
 
 
-def copy_rate() -> float:
-    """Bytes per microsecond of the device-to-device copy, counting bytes read and written."""
-    source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
+def copy_rate(moved_bytes: int = 1 << 31) -> float:
+    """Bytes per microsecond of a device-to-device copy that moves so many, counting bytes read and written."""
+    source = torch.randint(0, 1 << 30, (moved_bytes // 8,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     times = [gpu_us(lambda: target.copy_(source), 4, host_us=20) for _ in range(10)]
-    return 2 * 4 * source.numel() / statistics.median(times)
+    return moved_bytes / statistics.median(times)
 
 
-def host_us_each(run: Callable) -> float:
-    """One call on an idle GPU, so that a call that waits for the GPU waits for its own work alone."""
-    torch.cuda.synchronize()
-    start = time.perf_counter_ns()
-    run()
-    return (time.perf_counter_ns() - start) / 1e3
+def host_us_each(run: Callable, calls: int) -> list[float]:
+    """Each call on an idle GPU, so that one that waits for the GPU waits for its own work alone."""
+    found = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        run()
+        found.append((time.perf_counter_ns() - start) / 1e3)
+    return found
 
 
 def gpu_busy_us(run: Callable, calls: int) -> float:
     """The durations of all kernels and copies of a call, whatever lies between them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()

@@ -138,7 +138,7 @@ struct Generate {
   void launch(const Batch& batch) const {
     GenerateParams<kCapacity> params;
     plan.pack(batch, &params);
-    params.splits = splits_for(batch.bs, live_cols, num_sms);
+    params.table_blocks = table_blocks_for(batch.bs, live_cols, num_sms);
     ffi::CUDADeviceGuard guard(device.device_id);
     const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
     TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, stream));

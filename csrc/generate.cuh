@@ -13,6 +13,7 @@
 namespace nsa_fused {
 
 constexpr int kGenerateThreads = 256;
+constexpr int kBlocksPerSm = 4;
 constexpr int kVectorsPerThread = 2;
 constexpr int kGenerateTile = kGenerateThreads * kVectorsPerThread * 4;
 constexpr int kLineCols = 32;  // table columns in a 128-byte line
@@ -22,6 +23,32 @@ struct Counts {
   uint32_t rows, cache, nsa;
   __device__ friend Counts operator+(Counts a, Counts b) { return {a.rows + b.rows, a.cache + b.cache, a.nsa + b.nsa}; }
 };
+
+// A tile is staged with one line more than it has columns, and what lies before its first column in 16 bytes.
+constexpr int kStaged = (kGenerateTile + kLineCols) / 4 + 1;
+
+// Counts over requests of what the tables get.
+struct TableCounts {
+  int tiles, rows;
+  __device__ friend TableCounts operator+(TableCounts a, TableCounts b) { return {a.tiles + b.tiles, a.rows + b.rows}; }
+};
+
+// Of one block, whichever part it has.
+union Shared {
+  using Scan = cub::BlockScan<Counts, kGenerateThreads>;
+  using TableScan = cub::BlockScan<TableCounts, kGenerateThreads>;
+  Scan::TempStorage scan;
+  ScheduleShared<kGenerateThreads> schedule;
+  struct {
+    TableScan::TempStorage scan;
+    TableCounts end[kGenerateThreads];  // of each request of this round
+    int slot[kGenerateThreads];
+    int4 staged[kStaged];
+  } tables;
+};
+
+// Tiles of rows this long, of whatever alignment.
+__host__ __device__ constexpr int64_t tiles_of(int64_t cols) { return (cols + kLineCols + kGenerateTile - 1) / kGenerateTile; }
 
 struct Add {
   template <typename T>
@@ -42,9 +69,7 @@ __device__ __forceinline__ void check(bool holds) {
 
 // One block for each destination: everything that has one element for each request or row.
 template <int kCapacity>
-__device__ void write_lengths(const GenerateParams<kCapacity>& p, const GenerateDst& dst) {
-  using Scan = cub::BlockScan<Counts, kGenerateThreads>;
-  __shared__ typename Scan::TempStorage temp;
+__device__ void write_lengths(const GenerateParams<kCapacity>& p, const GenerateDst& dst, Shared& shared) {
   Counts before{};  // of the requests that earlier rounds have served
   if (threadIdx.x == 0) {
     put(dst.field[kCuSeqlensK], 0, 0);
@@ -59,7 +84,7 @@ __device__ void write_lengths(const GenerateParams<kCapacity>& p, const Generate
       mine = {static_cast<uint32_t>(r.rows), static_cast<uint32_t>(r.cache_len), 0};
       for (int row = 0; row < r.rows; ++row) mine.nsa += min(r.len(row), p.nsa_index_topk);
     }
-    Scan(temp).ExclusiveScan(mine, at, Counts{}, Add{}, all);
+    Shared::Scan(shared.scan).ExclusiveScan(mine, at, Counts{}, Add{}, all);
     __syncthreads();
     if (i < p.bs) {
       at = before + at;
@@ -81,23 +106,23 @@ __device__ void write_lengths(const GenerateParams<kCapacity>& p, const Generate
 
 // One block for each destination, beside the first: it reads the lengths alone.
 template <int kCapacity>
-__device__ void write_plans(const GenerateParams<kCapacity>& p, const GenerateDst& dst) {
+__device__ void write_plans(const GenerateParams<kCapacity>& p, const GenerateDst& dst, Shared& shared) {
   const auto copy = [](const Constant& from, int32_t* to) {
     for (int i = threadIdx.x; to && i < from.size; i += kGenerateThreads) to[i] = from.src[i];
   };
   copy(p.num_splits, dst.field[kNumSplits]);
   copy(p.tile_metadata, dst.field[kTileMetadata]);
-  if (dst.field[kSchedule]) write_schedule<kGenerateThreads>(p, dst);
+  if (dst.field[kSchedule]) write_schedule(p, dst, shared.schedule);
 }
 
 // Columns [col, col + 4) of a row that ends at cols; what lies outside is not read.
-__device__ __forceinline__ int4 load4(const int32_t* row, int64_t col, int64_t cols) {
+__device__ __forceinline__ int4 load4(const int32_t* row, int col, int cols) {
   if (col >= 0 && col + 4 <= cols) return *reinterpret_cast<const int4*>(row + col);
-  const auto one = [&](int64_t c) { return c >= 0 && c < cols ? row[c] : 0; };
+  const auto one = [&](int c) { return c >= 0 && c < cols ? row[c] : 0; };
   return make_int4(one(col), one(col + 1), one(col + 2), one(col + 3));
 }
 
-__device__ __forceinline__ void store4(int32_t* row, int64_t col, int64_t cols, int4 v) {
+__device__ __forceinline__ void store4(int32_t* row, int col, int cols, int4 v) {
   if (col >= 0 && col + 4 <= cols) {
     *reinterpret_cast<int4*>(row + col) = v;
     return;
@@ -119,87 +144,137 @@ __device__ __forceinline__ int4 shifted(const int4* vectors, int at) {
   }
 }
 
-// Every p.splits-th tile of one request's live columns: read once, written to its rows in every destination.
-template <int kCapacity>
-__device__ void write_tables(const GenerateParams<kCapacity>& p, int i, int split) {
-  int64_t first_row = static_cast<int64_t>(i) * p.rows_per_request;
-  if (p.extend_lens) {
-    using Reduce = cub::BlockReduce<int, kGenerateThreads>;
-    __shared__ typename Reduce::TempStorage temp;
-    __shared__ int sum;
-    int rows = 0;
-    for (int j = threadIdx.x; j < i; j += kGenerateThreads) rows += max(p.extend_lens[j], 0);
-    rows = Reduce(temp).Sum(rows);
-    if (threadIdx.x == 0) sum = rows;
-    __syncthreads();
-    first_row = sum;
-  }
-  int len_offset = p.dst[0].len_offset;  // tables, which destinations may share, hold the longest
-  for (int d = 1; d < p.num_dst; ++d) len_offset = max(len_offset, p.dst[d].len_offset);
-  const Request r = request(p, len_offset, i);
-  check(first_row + r.rows <= p.max_rows);
-  const int64_t slot = load_index(p.req_pool_indices, p.req_pool_indices_64, i);
-  check(slot >= 0 && slot < p.num_slots);
-  const int32_t* src = p.req_to_token + slot * p.token_pitch;
-  const int64_t cols = min(static_cast<int64_t>(r.cache_len), p.token_cols);
+// One tile of one request's live columns.
+struct Tile {
+  const int32_t* src;  // the request's row of the pool
+  int first_row, rows, cols;
+  int first;  // the first column that any row may take: 32 before the tile's own
+  int base;   // where the 16 bytes begin that hold it
 
-  // A tile is staged once, with one line more than it has columns, and each row takes from it what begins and ends on
-  // lines of its own: a line written in part costs L2 a merge, and rows lie at any multiple of four bytes.
-  constexpr int kVectors = (kGenerateTile + kLineCols) / 4 + 1;
-  __shared__ int4 staged[kVectors];
-  const auto line_begin = [](const int32_t* row) {  // where the last line before the row's first begins, -32 to -1
-    return -1 - static_cast<int>((reinterpret_cast<uintptr_t>(row) / 4 - 1) % kLineCols);
-  };
-  for (int64_t tile = split; tile * kGenerateTile - kLineCols < cols; tile += p.splits) {
-    const int64_t first = tile * kGenerateTile - kLineCols;  // the first column that any row may take
-    const int64_t base = first - (reinterpret_cast<uintptr_t>(src) / 4 + first) % 4;  // where its 16 bytes begin
-    for (int v = threadIdx.x; v < kVectors; v += kGenerateThreads) staged[v] = load4(src, base + v * 4, cols);
-    __syncthreads();
-    for (int d = 0; d < p.num_dst; ++d) {
-      const GenerateDst& dst = p.dst[d];
-      for (int row = 0; row < r.rows && dst.field[kPageTable1]; ++row) {
-        int32_t* to = dst.field[kPageTable1] + (first_row + row) * dst.table_pitch;
-        const int64_t begin = tile * kGenerateTile + line_begin(to), end = min(cols, dst.table_cols);
+  __device__ int4 load(int vector) const { return load4(src, base + vector * 4, cols); }
+};
+
+// From shared memory each row takes what begins and ends on lines of its own: a line written in part costs L2 a merge,
+// and rows lie at any multiple of four bytes.
+template <int kCapacity>
+__device__ __forceinline__ void write_tile(const GenerateParams<kCapacity>& p, const Tile& tile, const int4* staged) {
+  for (int d = 0; d < p.num_dst; ++d) {
+    const GenerateDst& dst = p.dst[d];
+    for (int row = 0; row < tile.rows && dst.field[kPageTable1]; ++row) {
+      int32_t* to = dst.field[kPageTable1] + dst.table_pitch * (tile.first_row + row);
+      const int end = static_cast<int>(min(static_cast<int64_t>(tile.cols), dst.table_cols));
+      const int begin =
+          tile.first + kLineCols - 1 - static_cast<int>((reinterpret_cast<uintptr_t>(to) / 4 - 1) % kLineCols);
 #pragma unroll
-        for (int k = 0; k < kVectorsPerThread; ++k) {
-          const int at = (k * kGenerateThreads + threadIdx.x) * 4;
-          store4(to, begin + at, end, shifted(staged, static_cast<int>(begin - base) + at));
-        }
-      }
-      for (int row = 0; row < r.rows && dst.field[kRealPageTable]; ++row) {
-        int32_t* to = dst.field[kRealPageTable] + (first_row + row) * dst.page_pitch;
-        // Of the tile's own columns, without the line more. An arithmetic shift is torch's floor division.
-        const int64_t own_end = min(first + kGenerateTile, cols);
-        int64_t page = ((max(first, int64_t{0}) - 1) >> p.page_shift) + 1 + threadIdx.x;
-        for (; page << p.page_shift < own_end && page < dst.page_cols; page += kGenerateThreads)
-          to[page] = reinterpret_cast<const int32_t*>(staged)[(page << p.page_shift) - base] >> p.page_shift;
+      for (int k = 0; k < kVectorsPerThread; ++k) {
+        const int at = (k * kGenerateThreads + threadIdx.x) * 4;
+        store4(to, begin + at, end, shifted(staged, begin - tile.base + at));
       }
     }
+    for (int row = 0; row < tile.rows && dst.field[kRealPageTable]; ++row) {
+      int32_t* to = dst.field[kRealPageTable] + dst.page_pitch * (tile.first_row + row);
+      // Of the tile's own columns, without the line more. An arithmetic shift is torch's floor division.
+      const int end = min(tile.first + kGenerateTile, tile.cols);
+      int page = ((max(tile.first, 0) - 1) >> p.page_shift) + 1 + threadIdx.x;
+      for (; page << p.page_shift < end && page < dst.page_cols; page += kGenerateThreads)
+        to[page] = reinterpret_cast<const int32_t*>(staged)[(page << p.page_shift) - tile.base] >> p.page_shift;
+    }
+  }
+}
+
+// The live tiles of all requests, one after another, dealt out to the blocks: each is read once and written to the
+// request's rows in every destination, and blocks that run together write side by side, however the lengths differ.
+template <int kCapacity>
+__device__ void write_tables(const GenerateParams<kCapacity>& p, int item, Shared& shared) {
+  auto& mine = shared.tables;
+  int len_offset = p.dst[0].len_offset;  // tables, which destinations may share, hold the longest
+  for (int d = 1; d < p.num_dst; ++d) len_offset = max(len_offset, p.dst[d].len_offset);
+  const auto live_cols = [&](const Request& r) {
+    return static_cast<int>(min(max(static_cast<int64_t>(r.cache_len), int64_t{0}), p.token_cols));
+  };
+
+  TableCounts before{};  // of the requests that earlier rounds have served
+  for (int first = 0; first < p.bs; first += kGenerateThreads) {
+    const int i = first + threadIdx.x;
+    TableCounts count{}, end, all;
+    if (i < p.bs) {
+      const Request r = request(p, len_offset, i);
+      const int cols = live_cols(r);
+      count = {cols && r.rows ? static_cast<int>(tiles_of(cols)) : 0, r.rows};
+      const int64_t slot = load_index(p.req_pool_indices, p.req_pool_indices_64, i);
+      check(slot >= 0 && slot < p.num_slots);
+      mine.slot[threadIdx.x] = static_cast<int>(slot);
+    }
+    Shared::TableScan(mine.scan).InclusiveScan(count, end, Add{}, all);
+    end = before + end;
+    mine.end[threadIdx.x] = end;
+    check(i >= p.bs || end.rows <= p.max_rows);
     __syncthreads();
+
+    const auto locate = [&](int item) {
+      int low = 0, high = min(kGenerateThreads, p.bs - first) - 1;  // the first request that ends behind this item
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (mine.end[middle].tiles > item) high = middle;
+        else low = middle + 1;
+      }
+      const TableCounts begin = low ? mine.end[low - 1] : before;
+      Tile tile;
+      tile.src = p.req_to_token + mine.slot[low] * p.token_pitch;
+      tile.first_row = begin.rows;
+      tile.rows = static_cast<int>(mine.end[low].rows - begin.rows);
+      tile.cols = live_cols(request(p, len_offset, first + low));
+      tile.first = (item - begin.tiles) * kGenerateTile - kLineCols;
+      tile.base = tile.first - static_cast<int>((reinterpret_cast<uintptr_t>(tile.src) / 4 + tile.first) % 4);
+      return tile;
+    };
+    constexpr int kRest = kStaged % kGenerateThreads;
+    int4 next[kVectorsPerThread], rest;
+    const auto load = [&](const Tile& tile) {
+#pragma unroll
+      for (int k = 0; k < kVectorsPerThread; ++k) next[k] = tile.load(k * kGenerateThreads + threadIdx.x);
+      if (threadIdx.x < kRest) rest = tile.load(kVectorsPerThread * kGenerateThreads + threadIdx.x);
+    };
+    const int end_item = before.tiles + all.tiles;
+    Tile tile;
+    if (item < end_item) load(tile = locate(item));
+    while (item < end_item) {
+#pragma unroll
+      for (int k = 0; k < kVectorsPerThread; ++k) mine.staged[k * kGenerateThreads + threadIdx.x] = next[k];
+      if (threadIdx.x < kRest) mine.staged[kVectorsPerThread * kGenerateThreads + threadIdx.x] = rest;
+      __syncthreads();
+      const Tile now = tile;
+      item += p.table_blocks;
+      if (item < end_item) load(tile = locate(item));  // on its way while this one is written
+      write_tile(p, now, mine.staged);
+      __syncthreads();
+    }
+    before = before + all;
   }
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kGenerateThreads) generate_kernel(const __grid_constant__ GenerateParams<kCapacity> p) {
+__global__ void __launch_bounds__(kGenerateThreads, kBlocksPerSm)
+    generate_kernel(const __grid_constant__ GenerateParams<kCapacity> p) {
+  __shared__ Shared shared;
   int block = blockIdx.x;
-  if (block < p.num_dst) return write_lengths(p, p.dst[block]);
+  if (block < p.num_dst) return write_lengths(p, p.dst[block], shared);
   block -= p.num_dst;
-  if (block < p.num_dst) return write_plans(p, p.dst[block]);
+  if (block < p.num_dst) return write_plans(p, p.dst[block], shared);
   block -= p.num_dst;
-  write_tables(p, block / p.splits, block % p.splits);
+  write_tables(p, block, shared);
 }
 
-// How many blocks share a request's columns: enough to fill the GPU, and no more than there are tiles.
-inline int splits_for(int bs, int64_t cols, int num_sms) {
-  constexpr int kBlocksPerSm = 2048 / kGenerateThreads;
-  const int64_t tiles = (cols + kLineCols + kGenerateTile - 1) / kGenerateTile;
-  const int64_t wanted = (static_cast<int64_t>(num_sms) * kBlocksPerSm + bs - 1) / bs;
-  return static_cast<int>(tiles < wanted ? tiles : wanted);
+// How many blocks share the tables: what the GPU holds at once, and no more than there can be tiles.
+inline int table_blocks_for(int bs, int64_t cols, int num_sms) {
+  const int64_t tiles = cols ? bs * tiles_of(cols) : 0;
+  const int64_t held = static_cast<int64_t>(num_sms) * kBlocksPerSm;
+  return static_cast<int>(tiles < held ? tiles : held);
 }
 
 template <int kCapacity>
 cudaError_t launch_generate(const GenerateParams<kCapacity>& params, cudaStream_t stream) {
-  const unsigned blocks = 2 * params.num_dst + static_cast<unsigned>(params.bs) * params.splits;
+  const unsigned blocks = 2 * params.num_dst + params.table_blocks;
   void* args[] = {const_cast<GenerateParams<kCapacity>*>(&params)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(generate_kernel<kCapacity>), blocks, kGenerateThreads, args, 0,
                           stream);

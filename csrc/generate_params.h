@@ -36,7 +36,7 @@ struct GenerateParams {
   int32_t page_shift;   // log2 of the page size
   int32_t segment_len;  // tokens that DeepGEMM schedules as one
   int32_t num_sms;      // that it schedules for
-  int32_t splits;       // blocks for each request's table rows
+  int32_t table_blocks;
   Constant num_splits, tile_metadata;
   GenerateDst dst[kCapacity];
 };

@@ -127,6 +127,11 @@ class GeneratePlan {
     if (mode_ != Mode::kDraftExtend && sizes_.rows != sizes_.bs * rows_per_request())
       refuse("rows: expected bs * rows per request = ", sizes_.bs * rows_per_request(), ", got ", sizes_.rows);
     if (!req_to_token_.given) refuse("req_to_token: expected an int32 tensor, got None");
+    constexpr int64_t kMost = int64_t{1} << 30;  // the kernel counts columns, and lines of all requests, in 32 bits
+    if (req_to_token_.cols > kMost || sizes_.bs * (req_to_token_.cols / 32 + 1) > kMost)
+      refuse("req_to_token: expected at most ", kMost, " columns and 32 times that for all requests, got ",
+             req_to_token_.cols, " for ", sizes_.bs);
+    if (req_to_token_.rows > INT32_MAX) refuse("req_to_token: expected at most ", INT32_MAX, " slots, got ", req_to_token_.rows);
   }
 
   void add(int f, int d) {

@@ -31,19 +31,23 @@ struct Segments {
   __device__ friend Segments operator+(Segments a, Segments b) { return {a.rows + b.rows, a.segments + b.segments}; }
 };
 
+template <int kThreads>
+struct ScheduleShared {
+  using Reduce = cub::BlockReduce<uint32_t, kThreads>;
+  using Scan = cub::BlockScan<Segments, kThreads>;
+  union {
+    typename Reduce::TempStorage reduce;
+    typename Scan::TempStorage scan;
+  };
+  uint32_t total;
+  Segments begins[kThreads];  // what lies before each request of this round
+};
+
 // Divides the segments of all rows evenly over the SMs, in order: schedule[sm] = (row, segment in it) where SM sm
 // begins, and (number of rows, 0) where there is nothing left. Unsigned throughout, as DeepGEMM's.
 template <int kThreads, int kCapacity>
-__device__ void write_schedule(const GenerateParams<kCapacity>& p, const GenerateDst& dst) {
-  using Reduce = cub::BlockReduce<uint32_t, kThreads>;
-  using Scan = cub::BlockScan<Segments, kThreads>;
-  __shared__ union {
-    typename Reduce::TempStorage reduce;
-    typename Scan::TempStorage scan;
-  } temp;
-  __shared__ uint32_t all_segments;
-  __shared__ Segments begins[kThreads];  // what lies before each request of this round
-
+__device__ void write_schedule(const GenerateParams<kCapacity>& p, const GenerateDst& dst,
+                               ScheduleShared<kThreads>& shared) {
   const auto segments = [&](const Request& r, int row) {
     return (static_cast<uint32_t>(r.len(row)) + p.segment_len - 1) / p.segment_len;
   };
@@ -56,10 +60,12 @@ __device__ void write_schedule(const GenerateParams<kCapacity>& p, const Generat
 
   uint32_t mine = 0;
   for (int i = threadIdx.x; i < p.bs; i += kThreads) mine += count(i).segments;
-  mine = Reduce(temp.reduce).Sum(mine);
-  if (threadIdx.x == 0) all_segments = mine;
+  using Shared = ScheduleShared<kThreads>;
+  mine = typename Shared::Reduce(shared.reduce).Sum(mine);
+  if (threadIdx.x == 0) shared.total = mine;
   __syncthreads();
-  const uint32_t total = all_segments, each = total / p.num_sms, more = total % p.num_sms;
+  const Segments* begins = shared.begins;
+  const uint32_t total = shared.total, each = total / p.num_sms, more = total % p.num_sms;
   const auto first_segment = [&](uint32_t sm) { return sm * each + min(sm, more); };
   auto* schedule = reinterpret_cast<uint32_t*>(dst.field[kSchedule]);  // [num_sms + 1, 2]
 
@@ -67,8 +73,8 @@ __device__ void write_schedule(const GenerateParams<kCapacity>& p, const Generat
   for (int first = 0; first < p.bs; first += kThreads) {
     const int i = first + threadIdx.x;
     Segments at, round;
-    Scan(temp.scan).ExclusiveSum(i < p.bs ? count(i) : Segments{}, at, round);
-    begins[threadIdx.x] = before + at;
+    typename Shared::Scan(shared.scan).ExclusiveSum(i < p.bs ? count(i) : Segments{}, at, round);
+    shared.begins[threadIdx.x] = before + at;
     __syncthreads();
     for (uint32_t sm = threadIdx.x; sm <= p.num_sms; sm += kThreads) {
       const uint32_t segment = first_segment(sm);

@@ -54,7 +54,7 @@ def build(release: Release, module: ModuleType, planners: Planners, engine: Engi
         segment_len,
         num_sms,
     )
-    schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split(sizes)
+    schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, sizes)
     schedule = schedule.view(-1, 2) if segment_len else None
 
     flashmla = None
