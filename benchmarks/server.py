@@ -1,8 +1,9 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
 For each configuration both servers run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
-greedy requests in turn. Records the time of a speculative step, the host time of the draft steps' metadata replay and of
-its part behind the precomputation, and hashes of the output ids and of the draft tokens, which must be the same.
+greedy requests in turn. Records the time of a speculative step, the host time of each refresh of metadata (draft, verify,
+draft extend), the GPU time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be
+the same.
 
     python -m benchmarks.server
 """
@@ -37,9 +38,11 @@ HOST = "127.0.0.1"
 UPSTREAM, OURS = SIDES = ("upstream", "ours")
 PLUGINS = {UPSTREAM: "server_probe", OURS: "nsa_fused,server_probe"}
 BACKENDS = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}  # NSA backend, cache dtype
-# The whole draft replay; what follows the precomputation; and that without DeepGEMM's schedule, which upstream leaves
-# out for three of its backends above three draft steps.
-PARTS = {"": (), "-copy-part": ("precompute_ns",), "-copy-part-no-schedule": ("precompute_ns", "schedule_ns")}
+# What the probe times: kind -> (metric, what the case's name gets).
+KINDS = {
+    "draft": ("host_us", "-draft"), "verify": ("host_us", "-verify"), "extend": ("host_us", "-extend"),
+    "draft graph": ("gpu_draft_us", ""),
+}  # fmt: skip
 REQUEST_SECONDS = 300
 SETTLE_SECONDS = 1.5  # the probe writes each half second
 GATES = ("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA", "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA")
@@ -136,9 +139,13 @@ class Server:
         samples = map(json.loads, self.samples.read_text().splitlines())
         return [sample for sample in samples if any(run.start <= sample["at"] <= run.end for run in runs)]
 
-    def replays(self, runs: list[Run], bs: int) -> list[dict]:
-        """The replays of full batches within these runs."""
-        return [sample for sample in self.samples_of(runs) if sample.get("bs", 0) >= bs]
+    def refreshes(self, runs: list[Run], bs: int) -> dict[str, list[float]]:
+        """Kind -> microseconds, of full batches within these runs."""
+        found = {kind: [] for kind in KINDS}
+        for sample in self.samples_of(runs):
+            if sample.get("kind") in found and sample["bs"] >= bs:
+                found[sample["kind"]].append(sample["ns"] / 1e3)
+        return found
 
     def keep_drafts(self, keep: bool) -> None:
         """Has the probe keep draft tokens, at the price of a sync each step."""
@@ -167,8 +174,7 @@ class Server:
 
 
 def common_flags(args) -> list:
-    longest = max(args.len) + args.output_tokens + 256
-    tokens = args.max_total_tokens or max(65_536, 2 * max(args.batch) * longest)
+    tokens = args.max_total_tokens or max(65_536, *(2 * batch * (length + args.output_tokens + 256) for batch, length in args.case))
     return [
         *("--model-path", HERE / "model", "--load-format", "dummy", "--skip-tokenizer-init", "--trust-remote-code"),
         *("--context-length", args.context_length, "--max-total-tokens", tokens, "--random-seed", 0),
@@ -344,18 +350,15 @@ def case(name: str, servers: list[Server], batch: int, length: int, args) -> tup
         problems.append(f"{name}: the output ids differ ({outputs} different outputs in {args.repeats} repeats)")
     steps = {side: statistics.median(run.steps for run in found) for side, found in runs.items()}
     step_ms = {side: [run.step_ms for run in found] for side, found in runs.items()}
-    replays = {server.side: server.replays(runs[server.side], batch) for server in servers}
+    refreshes = {server.side: server.refreshes(runs[server.side], batch) for server in servers}
     sha_of = {"output_sha": output_sha, "draft_sha": draft_sha}
     results = [result(name, "step_ms", step_ms, verify_steps=steps, **sha_of)]
-    if all(replays.values()):
-        for suffix, left_out in PARTS.items():
-            host_us = {
-                side: [(one["ns"] - sum(one[part] for part in left_out)) / 1e3 for one in found]
-                for side, found in replays.items()
-            }
-            results.append(result(name + suffix, "host_us", host_us, **sha_of))
-    else:
-        problems.append(f"{name}: no host times: the probe saw no draft replay of a full batch")
+    for kind, (metric, suffix) in KINDS.items():
+        if all(found[kind] for found in refreshes.values()):
+            us = {side: found[kind] for side, found in refreshes.items()}
+            results.append(result(name + suffix, metric, us, **sha_of))
+        else:
+            problems.append(f"{name}: the probe saw no {kind} of a full batch")
     return results, problems
 
 
@@ -425,7 +428,7 @@ def measure_one(configuration: Configuration, pair: list[Server], results: Resul
     found |= {"seconds_to_ready": {server.side: server.ready_seconds for server in pair}}
     found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": "".join([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
-    for batch, length in itertools.product(args.batch, args.len):
+    for batch, length in args.case:
         name, began = f"n{configuration.draft_steps}-bs{batch}-len{length}-{configuration.cache}", time.monotonic()
         if deadline - began < longest:
             problems.append(f"{name}: not measured, too little time is left")
@@ -468,6 +471,11 @@ def default_out(head: dict) -> Path:
     return HERE / "results" / f"server-{gpu[0].lower() if gpu else 'gpu'}-{head['sglang']}.json"
 
 
+def batch_and_length(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -475,6 +483,7 @@ def parse(argv) -> argparse.Namespace:
     add("--cache", nargs="+", choices=BACKENDS, default=["bf16"], help="KV cache and with it the attention backends")
     add("--batch", type=int, nargs="+", default=[1, 8], help="requests at a time")
     add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")
+    add("--case", type=batch_and_length, nargs="+", metavar="BATCHxLEN", help="instead of all of --batch with all of --len")
     add("--output-tokens", type=int, default=64)
     add("--repeats", type=int, default=9, help="rounds that count, for each case and side")
     # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
@@ -495,6 +504,10 @@ def parse(argv) -> argparse.Namespace:
     add("--log-dir", type=Path, help="for the servers' logs")
     add("--commit", help="project commit measured; from git unless given")
     args = parser.parse_args(argv)
+    if args.case:
+        args.batch, args.len = (sorted({one[at] for one in args.case}) for at in (0, 1))
+    else:
+        args.case = list(itertools.product(args.batch, args.len))
     if max(args.len) + args.output_tokens + max(args.draft_steps) >= args.context_length:
         parser.error("--len and --output-tokens do not fit --context-length")
     if min(args.draft_steps) < 2:

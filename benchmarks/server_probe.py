@@ -1,9 +1,10 @@
-"""sglang plugin that server.py puts in both servers: times each metadata replay of the draft steps, upstream's or ours.
+"""sglang plugin that server.py puts in both servers: times each refresh of metadata, upstream's or ours.
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
-clock for all processes); "bs", the captured batch size; "len", the longest sequence in tokens; "ns", its duration;
-"precompute_ns", what of it precomputed the metadata; "schedule_ns", what of it computed DeepGEMM's schedules. While a file of that name with ".drafts" exists, it also appends
-the draft tokens of each step, since output ids do not tell wrong draft metadata: the target model corrects it.
+clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host. Of kind
+"draft graph" the duration is the GPU's, of the graph of all draft steps. While a file of that name with ".drafts"
+exists, it also appends the draft tokens of each step, since output ids do not tell wrong draft metadata: the target
+model corrects it.
 """
 
 import collections
@@ -16,15 +17,15 @@ import time
 
 MODULE = "sglang.srt.layers.attention.nsa_backend"
 REPLAY = f"{MODULE}.NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph"
-PRECOMPUTE = f"{MODULE}.NativeSparseAttnBackend._precompute_replay_metadata"
-DRAFT = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner.replay"
-SCHEDULE = "deep_gemm.get_paged_mqa_logits_metadata"
+GRAPH_REPLAY = f"{MODULE}.NativeSparseAttnBackend.init_forward_metadata_replay_cuda_graph"
+EAGER = f"{MODULE}.NativeSparseAttnBackend.init_forward_metadata"
+RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner"
 WEIGHTS = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 FILE = "SERVER_PROBE_FILE"
 PERIOD = 0.5  # seconds between writes
 
 _samples = collections.deque()  # its append and popleft need no lock
-_spent = {"precompute_ns": 0, "schedule_ns": 0}  # of the replay under way
+_graphs = collections.deque()  # (when, bs, the events before and after)
 _keeps_drafts = False
 
 
@@ -35,10 +36,11 @@ def activate() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(REPLAY, timed, HookType.AROUND)
-    HookRegistry.register(PRECOMPUTE, part("precompute_ns"), HookType.AROUND)
-    HookRegistry.register(SCHEDULE, part("schedule_ns"), HookType.AROUND)
-    HookRegistry.register(DRAFT, draft, HookType.AROUND)
+    HookRegistry.register(REPLAY, draft_replay, HookType.AROUND)
+    HookRegistry.register(GRAPH_REPLAY, graph_replay, HookType.AROUND)
+    HookRegistry.register(EAGER, eager, HookType.AROUND)
+    HookRegistry.register(f"{RUNNER}._replay", draft_graph, HookType.AROUND)
+    HookRegistry.register(f"{RUNNER}.replay", drafts, HookType.AROUND)
     HookRegistry.register(WEIGHTS, random_weights, HookType.REPLACE)
 
 
@@ -56,30 +58,43 @@ def random_weights(model, *args, **kwargs) -> None:
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
 
 
-def timed(replay, backend, forward_batch, bs):
-    for part in _spent:
-        _spent[part] = 0
+def timed(kind: str, bs: int, call, *args, **kwargs):
     start = time.perf_counter_ns()
-    result = replay(backend, forward_batch, bs)
-    end = time.perf_counter_ns()
-    lengths = forward_batch.seq_lens_cpu
-    longest = None if lengths is None else int(lengths.max())
-    _samples.append({"at": start, "bs": bs, "len": longest, "ns": end - start, **_spent})
+    result = call(*args, **kwargs)
+    _samples.append({"at": start, "kind": kind, "bs": bs, "ns": time.perf_counter_ns() - start})
     _start_writer()
     return result
 
 
-def part(name: str):
-    def spend(original, *args, **kwargs):
-        start = time.perf_counter_ns()
-        result = original(*args, **kwargs)
-        _spent[name] += time.perf_counter_ns() - start
-        return result
-
-    return spend
+def draft_replay(replay, backend, forward_batch, bs):
+    return timed("draft", bs, replay, backend, forward_batch, bs)
 
 
-def draft(replay, *args, **kwargs):
+def graph_replay(replay, backend, bs, *args, **kwargs):
+    forward_mode = kwargs["forward_mode"] if "forward_mode" in kwargs else args[4]
+    kind = "verify" if forward_mode.is_target_verify() else "extend" if forward_mode.is_draft_extend(True) else "decode"
+    return timed(kind, bs, replay, backend, bs, *args, **kwargs)
+
+
+def eager(init, backend, forward_batch):
+    if not forward_batch.forward_mode.is_draft_extend(include_v2=True):
+        return init(backend, forward_batch)
+    return timed("extend", forward_batch.batch_size, init, backend, forward_batch)
+
+
+def draft_graph(replay, runner, *args, **kwargs):
+    import torch
+
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    at = time.perf_counter_ns()
+    events[0].record()
+    result = replay(runner, *args, **kwargs)
+    events[1].record()
+    _graphs.append((at, runner.bs, *events))
+    return result
+
+
+def drafts(replay, *args, **kwargs):
     at = time.perf_counter_ns()
     result = replay(*args, **kwargs)
     if _keeps_drafts:
@@ -98,6 +113,10 @@ def _write() -> None:
         while True:
             time.sleep(PERIOD)
             _keeps_drafts = os.path.exists(os.environ[FILE] + ".drafts")
+            while _graphs and _graphs[0][3].query():
+                at, bs, start, end = _graphs.popleft()
+                sample = {"at": at, "kind": "draft graph", "bs": bs, "ns": start.elapsed_time(end) * 1e6}
+                file.write(json.dumps(sample) + "\n")
             while _samples:
                 file.write(json.dumps(_samples.popleft()) + "\n")
             file.flush()
