@@ -9,7 +9,8 @@ from typing import Callable, Optional
 
 import torch
 
-from sglang_nsa_fused import __version__, draft_extend, reference, sharing
+from sglang_nsa_fused import __version__, reference, sharing
+from sglang_nsa_fused.draft_extend import DraftExtend, applies
 from sglang_nsa_fused.kernels import Engine, select
 from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.planners import Planners
@@ -183,6 +184,18 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
         if _mode(forward_mode) != replay.mode:
             raise ValueError(f"forward_mode: expected that of the capture, {replay.mode}, got {forward_mode!r}")
 
+    def draft_extend_of(backend) -> Callable:
+        """(forward_batch) -> the metadata of a draft extend without a graph."""
+        engine, planners = decisions(backend)
+        if engine.generate_draft_extend is not None and getattr(backend, release.page_size) > 1:
+            return DraftExtend(release, module, planners, engine, backend)
+
+        def upstream(forward_batch):
+            Backend.init_forward_metadata(backend, forward_batch)
+            return backend.forward_metadata
+
+        return upstream
+
     class FusedBackend(Backend):
         def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
             super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -229,13 +242,14 @@ def subclasses(release: Release, module: ModuleType, version: str, settings: Set
             check_mode(replay, forward_mode)
             replay.copy(bs, precomputed)
 
+        _draft_extend = None  # made at the first one
+
         def init_forward_metadata(self, forward_batch):
-            if not draft_extend.applies(release, self, forward_batch):
+            if not applies(forward_batch):
                 return super().init_forward_metadata(forward_batch)
-            engine, planners = decisions(self)
-            if engine.generate_draft_extend is None:
-                return super().init_forward_metadata(forward_batch)
-            self.forward_metadata = draft_extend.build(release, module, planners, engine, self, forward_batch)
+            if self._draft_extend is None:
+                self._draft_extend = draft_extend_of(self)
+            self.forward_metadata = self._draft_extend(forward_batch)
 
     class FusedMultiStepBackend(MultiStep):
         def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):

@@ -1,5 +1,6 @@
 """Metadata of a draft extend that runs without a graph: built each step, from one allocation and one launch."""
 
+import dataclasses
 from types import ModuleType
 
 import torch
@@ -9,82 +10,98 @@ from sglang_nsa_fused.planners import Planners
 from sglang_nsa_fused.releases import Release
 
 
-def applies(release: Release, backend, forward_batch) -> bool:
+def applies(forward_batch) -> bool:
     """Whether this is such a batch, without the padding of data-parallel attention, which stays upstream's."""
     return (
         forward_batch.forward_mode.is_draft_extend(include_v2=True)
         and forward_batch.global_num_tokens_cpu is None
         and forward_batch.seq_lens_cpu is not None
-        and getattr(backend, release.page_size) > 1
-        and sum(forward_batch.extend_seq_lens_cpu or ()) > 0
+        and any(forward_batch.extend_seq_lens_cpu or ())
     )
 
 
-def build(release: Release, module: ModuleType, planners: Planners, engine: Engine, backend, forward_batch):
-    """Upstream's metadata object for this batch.
+class DraftExtend:
+    """Builds upstream's metadata objects for one step backend. What does not depend on the batch is found once.
 
-    Its tables hold what every row may read, its length's prefix; upstream fills the rest of a row with the pages
-    behind it. In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted.
+    Their tables hold what every row may read, its length's prefix; upstream fills the rest of a row with the slots
+    behind it.
     """
-    getattr(backend, release.set_prefill_impl)(forward_batch)
-    extend_lens_cpu = forward_batch.extend_seq_lens_cpu
-    fixed = forward_batch.forward_mode.is_draft_extend_v2()
-    bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
-    cols = int(forward_batch.seq_lens_cpu.max())
-    page_size = getattr(backend, release.page_size)
-    pages = (cols + page_size - 1) // page_size
-    device = forward_batch.seq_lens.device
-    segment_len = planners.segment_len(rows, device) if module.is_cuda() else 0
-    num_sms = planners.num_sms() if segment_len else 1
 
-    sizes = (2 * (num_sms + 1) if segment_len else 0, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
-    workspace = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    engine.generate_draft_extend(
-        forward_batch.seq_lens,
-        forward_batch.req_pool_indices,
-        None if fixed else forward_batch.extend_seq_lens,
-        bs,
-        getattr(backend, release.req_to_token),
-        workspace,
-        rows,
-        cols,
-        getattr(backend, release.draft_tokens),
-        getattr(backend, release.index_topk),
-        page_size,
-        segment_len,
-        num_sms,
-    )
-    schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, sizes)
-    schedule = schedule.view(-1, 2) if segment_len else None
+    def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
+        self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
+        self._page_size = getattr(backend, release.page_size)
+        self._sizes = getattr(backend, release.draft_tokens), getattr(backend, release.index_topk), self._page_size
+        self._req_to_token = getattr(backend, release.req_to_token)
+        self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
+        self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
+        self._aranges: dict[int, torch.Tensor] = {}
+        getattr(backend, release.set_prefill_impl)(forward_batch=None)
+        self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}
+        self._metadata = getattr(module, release.metadata)
+        self._same = {
+            field.name: field.default
+            for field in dataclasses.fields(self._metadata)
+            if field.default is not dataclasses.MISSING
+        } | dict(page_size=self._page_size, max_seq_len_q=1, nsa_max_seqlen_q=1)
 
-    flashmla = None
-    if not backend.use_mha and getattr(backend, release.decode_impl) == "flashmla_kv":
-        flashmla = planners.flashmla(backend, rows) or planners.flashmla_of(backend, nsa_lens)
-    if schedule is None and module.is_cuda():
-        schedule = planners.schedule(expanded, bs)
-    arange = backend.get_device_int32_arange(rows + 1)
-    return getattr(module, release.metadata)(
-        page_size=page_size,
-        cache_seqlens_int32=cache_lens,
-        max_seq_len_q=1,
-        max_seq_len_k=cols,
-        cu_seqlens_q=arange,
-        cu_seqlens_k=cu_lens,
-        seq_lens_sum=forward_batch.seq_lens_sum,
-        page_table_1=table.view(rows, cols),
-        page_table_1_flattened=None,
-        flashmla_metadata=flashmla,
-        paged_mqa_schedule_metadata=schedule,
-        nsa_cache_seqlens_int32=nsa_lens,
-        nsa_cu_seqlens_q=arange,
-        nsa_cu_seqlens_k=nsa_cu_lens,
-        nsa_extend_seq_lens_list=extend_lens_cpu,
-        nsa_seqlens_expanded=expanded,
-        real_page_table=real_table.view(rows, pages),
-        nsa_max_seqlen_q=1,
-        topk_indices_offset=None,
-        indexer_k_start_end=None,
-        indexer_seq_lens_cpu=forward_batch.seq_lens_cpu,
-        indexer_seq_lens=forward_batch.seq_lens,
-        token_to_batch_idx=None,
-    )
+    def __call__(self, forward_batch):
+        """In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted."""
+        extend_lens_cpu = forward_batch.extend_seq_lens_cpu
+        bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
+        cols = int(forward_batch.seq_lens_cpu.max())
+        pages = (cols + self._page_size - 1) // self._page_size
+        segment_len = self._planners.segment_len(rows, self._req_to_token.device) if self._num_sms else 0
+
+        schedule_size = 2 * (self._num_sms + 1) if segment_len else 0
+        sizes = (schedule_size, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
+        workspace = torch.empty(sum(sizes), dtype=torch.int32, device=self._req_to_token.device)
+        self._generate(
+            forward_batch.seq_lens,
+            forward_batch.req_pool_indices,
+            None if forward_batch.forward_mode.is_draft_extend_v2() else forward_batch.extend_seq_lens,
+            bs,
+            self._req_to_token,
+            workspace,
+            rows,
+            cols,
+            *self._sizes,
+            segment_len,
+            max(self._num_sms, 1),
+        )
+        schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(
+            workspace, sizes
+        )
+        flashmla = None
+        if self._flashmla:
+            flashmla = self._planners.flashmla(self._backend, rows)
+            flashmla = flashmla or self._planners.flashmla_of(self._backend, nsa_lens)
+        if segment_len:
+            schedule = schedule.view(-1, 2)
+        else:
+            schedule = self._planners.schedule(expanded, bs) if self._num_sms else None
+        arange = self._aranges.get(rows)
+        if arange is None:
+            arange = self._aranges[rows] = self._backend.get_device_int32_arange(rows + 1)
+        # Upstream's frozen dataclass would set its fields one after another, at twice the time of the launch.
+        metadata = object.__new__(self._metadata)
+        vars(metadata).update(
+            self._same,
+            cache_seqlens_int32=cache_lens,
+            max_seq_len_k=cols,
+            cu_seqlens_q=arange,
+            cu_seqlens_k=cu_lens,
+            seq_lens_sum=forward_batch.seq_lens_sum,
+            page_table_1=table.view(rows, cols),
+            real_page_table=real_table.view(rows, pages),
+            nsa_cache_seqlens_int32=nsa_lens,
+            nsa_cu_seqlens_q=arange,
+            nsa_cu_seqlens_k=nsa_cu_lens,
+            nsa_extend_seq_lens_list=extend_lens_cpu,
+            nsa_seqlens_expanded=expanded,
+            flashmla_metadata=flashmla,
+            paged_mqa_schedule_metadata=schedule,
+            indexer_seq_lens_cpu=forward_batch.seq_lens_cpu,
+            indexer_seq_lens=forward_batch.seq_lens,
+        )
+        vars(self._backend).update(self._state)
+        return metadata

@@ -83,6 +83,7 @@ def test_draft_extend_without_a_graph(upstream, deep_gemm, mode, flashmla):
             )
         expected, found = off.forward_metadata, on.forward_metadata
         assert_equal_fields(bare.fields(expected, live), bare.fields(found, live))
+        assert vars(expected).keys() == vars(found).keys()
         for name, value in vars(expected).items():
             other = getattr(found, name)
             if isinstance(value, torch.Tensor):
