@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -154,7 +155,7 @@ def run(steps: int, draft_steps: int, most: int, longest: int, flashmla: bool, c
         for side in sides.values():
             side.operations = _operations(side.prepare(slots, lengths, bs)[0], device, side is sides["plugin"])
         hosts = (f"{statistics.median(side.host_us):.0f}" for side in sides.values())
-        table.add_row(name, *hosts, *(str(side.operations) for side in sides.values()), f"{compared} of {compared}")
+        table.add_row(name, *hosts, *(str(side.operations) for side in sides.values()), str(compared))
     console.print(table)
     return 0
 
@@ -189,11 +190,12 @@ def _operations(refresh: Callable, device: str, ours: bool) -> int:
 def _table(device: str, version: str, draft_steps: int) -> Table:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     table = Table(
+        box=box.SIMPLE,
         title=f"{draft_steps} draft steps, {name}, sglang {version}",
-        caption=f"host us, median; operations on the {'GPU' if device == 'cuda' else 'CPU'}; "
-        f"the plugin's kernel: {kernels.select(device).name}",
+        caption=f"host time, median; operations on the {'GPU' if device == 'cuda' else 'CPU'}; "
+        f"equal fields; kernel: {kernels.select(device).name}",
     )
-    table.add_column("refresh of metadata")
-    for column in ("us, sglang", "us, plugin", "ops, sglang", "ops, plugin", "equal fields"):
-        table.add_column(column, justify="right")
+    table.add_column("refresh", no_wrap=True)
+    for column in ("sglang us", "plugin us", "sglang ops", "plugin ops", "equal"):
+        table.add_column(column, justify="right", no_wrap=True)
     return table
