@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+from forked import Parent
+
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
 
 LOAD = """
@@ -25,19 +29,31 @@ print(upstream.__name__, module.NativeSparseAttnMultiStepBackend.__mro__[1].__na
 IMPORT = "import torch; bare.import_upstream(release, 'cuda' if torch.cuda.is_available() else 'cpu')"
 
 
-def load(*parts: str, before: str = IMPORT, **env: str) -> subprocess.CompletedProcess:
-    code = LOAD.format(before=before) + "".join(parts)
-    clean = {name: value for name, value in os.environ.items() if name not in (GATE, REQUIRED, ALLOWLIST)}
-    return subprocess.run([sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def load():
+    """load(*parts, before=IMPORT, **env) -> CompletedProcess of LOAD and then the parts."""
+    imports = f"from sglang_nsa_fused import bare, releases; release = releases.NSA; {IMPORT}"
+    parent = None if torch.cuda.is_available() else Parent(imports)
+
+    def run(*parts: str, before: str = IMPORT, **env: str) -> subprocess.CompletedProcess:
+        code = LOAD.format(before=before) + "".join(parts)
+        env = {name: value for name, value in os.environ.items() if name not in (GATE, REQUIRED, ALLOWLIST)} | env
+        if parent is not None:
+            return parent.run(code, env)
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+    yield run
+    if parent is not None:
+        parent.close()
 
 
-def test_replaces_both_classes():
+def test_replaces_both_classes(load):
     result = load(CLASSES, **{GATE: "1"})
     assert "FusedNativeSparseAttnBackend FusedNativeSparseAttnMultiStepBackend" in result.stdout, result.stderr
     assert "\nNativeSparseAttnBackend NativeSparseAttnMultiStepBackend" in result.stdout
 
 
-def test_upstream_builds_our_step_backends():
+def test_upstream_builds_our_step_backends(load):
     """The multi-step constructor is upstream's, and finds our step backend under upstream's name."""
     result = load(
         """
@@ -50,19 +66,19 @@ print([type(backend).__name__ for backend in multi.attn_backends])
     assert str(["FusedNativeSparseAttnBackend"] * 3) in result.stdout, result.stderr
 
 
-def test_without_the_gate_nothing_is_replaced_or_imported():
+def test_without_the_gate_nothing_is_replaced_or_imported(load):
     for env in ({}, {GATE: "0"}):
         result = load(CLASSES, **env)
         assert "\nNativeSparseAttnBackend NativeSparseAttnMultiStepBackend\n" in result.stdout, result.stderr
         assert "backends imported: False" in result.stdout
 
 
-def test_an_allowlist_without_it_keeps_it_out():
+def test_an_allowlist_without_it_keeps_it_out(load):
     result = load(CLASSES, **{GATE: "1", ALLOWLIST: "other"})
     assert "backends imported: False" in result.stdout, result.stderr
 
 
-def test_a_changed_sglang_is_left_alone():
+def test_a_changed_sglang_is_left_alone(load):
     rename = IMPORT + "\nimport sglang.srt.layers.attention.nsa_backend as m; del m._to_2d_context_lens"
     result = load(CLASSES, before=rename, **{GATE: "1"})
     assert "WARNING sglang-nsa-fused: not active, sglang runs unchanged: sglang was changed" in result.stdout, result.stderr
@@ -74,7 +90,7 @@ def test_a_changed_sglang_is_left_alone():
     assert result.returncode == 1 and "sglang-nsa-fused: not active: sglang was changed" in result.stderr
 
 
-def test_one_line_says_that_it_is_active():
+def test_one_line_says_that_it_is_active(load):
     result = load(
         """
 import torch
