@@ -86,6 +86,9 @@ def cuda(version: str, backend: types.ModuleType, sm100: bool = False):
         "is_sm100_supported": lambda: sm100,
         "get_platform": lambda: types.SimpleNamespace(is_sm100=sm100),
         "deep_gemm": deep_gemm,
+        # The server's, which no process here has set up: how many ranks share a context.
+        "pad_nsa_cache_seqlens": lambda forward_batch, nsa_cache_seqlens: nsa_cache_seqlens,
+        "pad_dsa_cache_seqlens": lambda forward_batch, dsa_cache_seqlens: dsa_cache_seqlens,
     }
     with contextlib.ExitStack() as stack:
         for name, places in KERNELS.items():

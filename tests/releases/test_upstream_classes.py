@@ -70,7 +70,7 @@ def check(upstream, metadata, mode, slots, lengths, accepted, req_to_token, sm10
     context = torch.tensor(context, dtype=torch.int32, device=upstream.device).view(shape)
     if form.ctx_lens_2d:
         assert torch.equal(metadata.paged_mqa_ctx_lens_2d, context)
-    if mode != "DECODE" or form.draft_schedule:
+    if form.draft_schedule or mode in ("TARGET_VERIFY", "DRAFT_EXTEND"):
         import deep_gemm
 
         schedule = deep_gemm.get_paged_mqa_logits_metadata(context, 64, deep_gemm.get_num_sms())
@@ -143,6 +143,15 @@ def test_step_backend(upstream, req_to_token, mode, sm100):
             lengths += [1 + DRAFT_TOKENS if verify else 1] * padding
             args = (slots + [0] * padding, lengths, accepted + [DRAFT_TOKENS] * padding, req_to_token)
             check(upstream, runner.backend.decode_cuda_graph_metadata[bs], mode, *args, sm100)
+
+
+def test_draft_extend_without_a_graph(upstream, req_to_token):
+    with upstream.cuda():
+        runner = Runner(upstream, upstream.step_backend(req_to_token, DRAFT_TOKENS), "DRAFT_EXTEND_V2", 4, DRAFT_TOKENS)
+        lengths = [n + DRAFT_TOKENS for n in LENGTHS]
+        runner.eager(SLOTS, lengths, [DRAFT_TOKENS] * 4)
+        metadata = runner.backend.forward_metadata
+        check(upstream, metadata, "DRAFT_EXTEND_V2", SLOTS, lengths, None, req_to_token)
 
 
 def test_the_stand_ins_give_what_upstream_gives_without_cuda(upstream, req_to_token):

@@ -180,6 +180,27 @@ class Runner:
                     seq_lens_cpu=self.seq_lens_cpu,
                 )
 
+    def eager(self, slots: list[int], lengths: list[int], counts: list[int]) -> None:
+        """Without a graph: `lengths` with the `counts` new tokens of each request."""
+        device, backend = self.upstream.device, self.backend
+        seq_lens_cpu = torch.tensor(lengths)
+        backend.init_forward_metadata(
+            SimpleNamespace(
+                batch_size=len(slots),
+                forward_mode=self.mode,
+                req_pool_indices=torch.tensor(slots, device=device),
+                req_to_token_pool=SimpleNamespace(req_to_token=backend.req_to_token),  # the batch's own until 0.5.12
+                seq_lens=seq_lens_cpu.to(device),
+                seq_lens_cpu=seq_lens_cpu,
+                seq_lens_sum=sum(lengths),
+                extend_seq_lens=torch.tensor(counts, dtype=torch.int32, device=device),
+                extend_seq_lens_cpu=counts,
+                extend_prefix_lens_cpu=[n - count for n, count in zip(lengths, counts)],
+                extend_num_tokens=sum(counts),
+                global_num_tokens_cpu=None,
+            )
+        )
+
     def _batch(self, bs: int) -> SimpleNamespace:
         return SimpleNamespace(
             batch_size=bs,
