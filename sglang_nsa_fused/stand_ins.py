@@ -22,7 +22,7 @@ PACKAGES = {
     "0.5.8": {"sgl_kernel"},
     "0.5.9": {"sgl_kernel"},
     "0.5.10": {"sgl_kernel"},
-    "0.5.15": {"cutlass", "cuda"},
+    "0.5.15": {"cutlass", "cuda"},  # 0.5.15.post1 imports its kernels later
 }
 # The fused copy compiles CUDA at its first call; without the module upstream copies tensor by tensor.
 FUSED_COPY = (
@@ -85,7 +85,6 @@ def cuda(version: str, backend: types.ModuleType, sm100: bool = False):
         "_is_cuda": True,
         "is_sm100_supported": lambda: sm100,
         "get_platform": lambda: types.SimpleNamespace(is_sm100=sm100),
-        "deep_gemm": deep_gemm,
         # The server's, which no process here has set up: how many ranks share a context.
         "pad_nsa_cache_seqlens": lambda forward_batch, nsa_cache_seqlens: nsa_cache_seqlens,
         "pad_dsa_cache_seqlens": lambda forward_batch, dsa_cache_seqlens: dsa_cache_seqlens,
@@ -95,9 +94,13 @@ def cuda(version: str, backend: types.ModuleType, sm100: bool = False):
             for module in (module for place in places for module in modules[place] if hasattr(module, name)):
                 stack.enter_context(mock.patch.object(module, name, forms[name]))
         for module in (backend, *modules["precompute"], *modules["manager"]):
-            for name in (name for name in facts if hasattr(module, name) or (name == "deep_gemm" and module is backend)):
-                stack.enter_context(mock.patch.object(module, name, facts[name], create=True))
-        stack.enter_context(mock.patch.dict(sys.modules, deep_gemm=deep_gemm))
+            for name in (name for name in facts if hasattr(module, name)):
+                stack.enter_context(mock.patch.object(module, name, facts[name]))
+        # From 0.5.13 to 0.5.21 the module imports it where there is a GPU, in other releases each method does.
+        stack.enter_context(mock.patch.object(backend, "deep_gemm", deep_gemm, create=True))
+        found = sys.modules.get("deep_gemm")
+        sys.modules["deep_gemm"] = deep_gemm
+        stack.callback(lambda: sys.modules.pop("deep_gemm") if found is None else sys.modules.update(deep_gemm=found))
         for name in ("resolve_paged_mqa_logits_metadata_fn", "resolve_num_sms"):
             if hasattr(backend, name):  # they remember DeepGEMM's functions
                 getattr(backend, name).cache_clear()
