@@ -149,11 +149,13 @@ class MultiStepBackend:
         self._share = bool(others) and not pooled and sharing.steps_are_alike(self.attn_backends)
         if not self._share:
             return super().init_cuda_graph_state(max_bs, max_num_tokens)
+        before = dict(vars(first))
         with self._first_step_alone():
             super().init_cuda_graph_state(max_bs, max_num_tokens)
+        # The buffers, and what else upstream sets there and later reads.
+        made = {name: value for name, value in vars(first).items() if name not in before or value is not before[name]}
         for backend in others:
-            backend.decode_cuda_graph_metadata = first.decode_cuda_graph_metadata
-            backend._replays = first._replays
+            vars(backend).update(made)
         saved = len(others) * sharing.buffer_bytes(first.decode_cuda_graph_metadata)
         logger.info(
             "sglang-nsa-fused: %d draft steps share one set of buffers, %.1f MiB are not allocated",

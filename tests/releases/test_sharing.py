@@ -69,6 +69,12 @@ def test_a_number_that_is_only_stored_does_not_count(upstream):
     assert not sharing.steps_are_alike(on.attn_backends)
 
 
+def test_steps_have_all_that_the_first_ones_preparation_sets(upstream):
+    on, off = upstream.multi(upstream.fused(), 4), upstream.multi(upstream.classes, 4)
+    for ours, theirs in zip(on.attn_backends, off.attn_backends):
+        assert vars(theirs).keys() <= vars(ours).keys()
+
+
 def test_another_table_of_slots_is_not_shared(upstream):
     on = upstream.multi(upstream.fused(), 3)
     on.attn_backends[1].req_to_token = on.attn_backends[0].req_to_token + 1
