@@ -1,5 +1,5 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
-# make test  the tests; those that need a GPU are skipped without one
+# make test  the tests, then those with real sglang classes once for each sglang release; ARGS instead: pytest with these alone
 # Both set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,12 @@ run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
 test: $(VENV)/plugin
+ifeq ($(ARGS),)
+	$(VENV)/bin/pytest tests/unit tests/gpu
+	$(VENV)/bin/python tests/releases/matrix.py
+else
 	$(VENV)/bin/pytest $(ARGS)
+endif
 
 $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 	@echo "== packages, about two minutes the first time"

@@ -79,7 +79,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
       put(dst.field[kCuSeqlensK], i + 1, cu = add(cu, cache_len));
       for (int row = 0; row < rows; ++row) {
         const int64_t n = row_lens.size();
-        const int32_t len = cache_len - rows + 1 + row, nsa_len = std::min(len, p.nsa_index_topk);
+        const int32_t len = std::max(cache_len - rows + 1 + row, p.row_floor), nsa_len = std::min(len, p.nsa_index_topk);
         row_lens.push_back(len);
         put(dst.field[kSeqlensExpanded], n, len);
         put(dst.field[kContextLens2d], n, len);

@@ -20,7 +20,7 @@ struct Constant {
 };
 
 // A request has rows_per_request rows, or extend_lens[i]. Its cache length is seq_lens[i] + cache_offset + len_offset;
-// the lengths of its rows count up to that.
+// the lengths of its rows count up to that, from row_floor where they would begin below it.
 template <int kCapacity>
 struct GenerateParams {
   const void* seq_lens;          // [bs], int32 or int64
@@ -31,7 +31,7 @@ struct GenerateParams {
   bool seq_lens_64, req_pool_indices_64;
   int32_t bs, num_dst;
   int32_t rows_per_request, max_rows;
-  int32_t cache_offset;
+  int32_t cache_offset, row_floor;
   int32_t nsa_index_topk;
   int32_t page_shift;   // log2 of the page size
   int32_t segment_len;  // tokens that DeepGEMM schedules as one

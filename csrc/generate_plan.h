@@ -13,6 +13,7 @@ struct GenerateSizes {
   int64_t num_draft_tokens;   // of target verify and draft extend
   int64_t nsa_index_topk, page_size;
   int64_t segment_len;        // 0: no schedule is written
+  int64_t row_floor;          // of draft extend: the least length of a row
 };
 
 struct Integers {
@@ -84,6 +85,7 @@ class GeneratePlan {
     p->rows_per_request = static_cast<int32_t>(rows_per_request());
     p->max_rows = static_cast<int32_t>(sizes_.rows);
     p->cache_offset = mode_ == Mode::kTargetVerify ? p->rows_per_request : 0;
+    p->row_floor = mode_ == Mode::kDraftExtend ? static_cast<int32_t>(sizes_.row_floor) : INT32_MIN;
     p->nsa_index_topk = static_cast<int32_t>(sizes_.nsa_index_topk);
     while (int64_t{1} << p->page_shift < sizes_.page_size) ++p->page_shift;
     p->segment_len = static_cast<int32_t>(sizes_.segment_len);
@@ -122,6 +124,7 @@ class GeneratePlan {
     at_least("num_draft_tokens", sizes_.num_draft_tokens, mode_ == Mode::kDecode ? 0 : 1);
     at_least("nsa_index_topk", sizes_.nsa_index_topk, 1);
     at_least("segment_len", sizes_.segment_len, 0);
+    at_least("row_floor", sizes_.row_floor, INT32_MIN);
     at_least("page_size", sizes_.page_size, 1);
     if (sizes_.page_size & (sizes_.page_size - 1)) refuse("page_size: expected a power of two, got ", sizes_.page_size);
     if (mode_ != Mode::kDraftExtend && sizes_.rows != sizes_.bs * rows_per_request())

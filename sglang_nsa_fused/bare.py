@@ -5,8 +5,8 @@ Only what the metadata path reads is set on them; every method that runs is upst
 
 import contextlib
 import importlib
+import importlib.metadata
 import io
-import os
 import sys
 import types
 import warnings
@@ -14,32 +14,30 @@ from types import SimpleNamespace
 
 import torch
 
+from sglang_nsa_fused import stand_ins
 from sglang_nsa_fused.releases import Release
 
 
 def import_upstream(release: Release, device: str) -> types.ModuleType:
     """Imports the release's backend module, on a machine without a GPU too."""
     if device == "cpu":
-        # torchvision registers shape functions for operators that a CPU-only installation may lack; none is called.
-        sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-        # Upstream's fused copy is CUDA only; without it the backend falls back to its own tensor by tensor copies.
-        os.environ["SGLANG_USE_FUSED_METADATA_COPY"] = "0"
-        sys.modules["sglang.jit_kernel.fused_metadata_copy"] = None
+        stand_ins.install(_version())
     with warnings.catch_warnings():
         if device == "cpu":
             warnings.simplefilter("ignore")  # of what needs a GPU
         module = importlib.import_module(release.module)
     # A draft extend asks for the size of a process group, and here there are none.
-    sys.modules[module.pad_nsa_cache_seqlens.__module__].get_attention_cp_size = lambda: 1
-    if device == "cpu":
-        module.seqlens_expand_triton = _expand_on_cpu  # a Triton kernel
+    setattr(module, f"pad_{release.names}_cache_seqlens", lambda forward_batch, lengths: lengths)
     return module
 
 
-def _expand_on_cpu(extend_seq_lens, seq_lens, total_len: int, max_q_len: int) -> torch.Tensor:
-    """The lengths of each request's rows, which count up to its own: int32 [total_len]."""
-    ranges = [torch.arange(kv - qo, kv) + 1 for qo, kv in zip(extend_seq_lens.tolist(), seq_lens.tolist())]
-    return torch.cat(ranges).to(torch.int32)
+def gpu(module: types.ModuleType, device: str, sm100: bool = False):
+    """Inside, upstream's CUDA branches run: on a CPU over stand-ins for their kernels."""
+    return stand_ins.cuda(_version(), module, sm100) if device == "cpu" else contextlib.nullcontext()
+
+
+def _version() -> str:
+    return importlib.metadata.version("sglang")
 
 
 def step_backend(cls: type, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int, flashmla: bool):
@@ -47,42 +45,14 @@ def step_backend(cls: type, release: Release, device: str, req_to_token: torch.T
 
     req_to_token: int32 [slots, columns]. flashmla: whether captured metadata holds FlashMLA's tile metadata.
     """
-    backend = object.__new__(cls)
-    impl = "flashmla_kv" if flashmla else "flashmla_sparse"
-    attributes = dict(
-        device=device,
-        real_page_size=64,
-        req_to_token=req_to_token,
-        max_context_len=req_to_token.shape[1],
-        speculative_num_draft_tokens=draft_tokens,
-        nsa_index_topk=2048,
-        nsa_decode_impl=impl,
-        nsa_prefill_impl=impl,
-        nsa_kv_cache_store_fp8=flashmla,
-        enable_auto_select_prefill_impl=False,
-        num_q_heads=128,
-        flashmla_kv_num_q_heads=128,
-        use_mha=False,
-        _force_attn_forward_mla=False,
-        _arange_buf=torch.arange(16384, dtype=torch.int32, device=device),
-    )
-    for name, value in attributes.items():
+    backend, module = object.__new__(cls), sys.modules[release.module]
+    for name, value in stand_ins.attributes(_version(), module, device, req_to_token, draft_tokens, flashmla).items():
         setattr(backend, name, value)
+    if hasattr(backend, "_init_kpool_metadata_fusion"):  # sets the metadata generators
+        backend._init_kpool_metadata_fusion()
     if flashmla and device == "cpu":
-        backend._compute_flashmla_metadata = _tile_metadata_on_cpu(importlib.import_module(release.module))
+        backend._compute_flashmla_metadata = stand_ins.flashmla_metadata(module)
     return backend
-
-
-def _tile_metadata_on_cpu(module):
-    """FlashMLA's planner runs on a GPU only; here numbers of its shapes that depend on how many rows there are."""
-
-    def compute(cache_seqlens: torch.Tensor, seq_len_q: int):
-        rows = len(cache_seqlens)
-        tiles = (torch.arange(132 * 8, dtype=torch.int32).view(132, 8) + 1) * rows
-        splits = torch.arange(rows + 1, dtype=torch.int32) * 3
-        return module.NSAFlashMLAMetadata(flashmla_metadata=tiles, num_splits=splits)
-
-    return compute
 
 
 def multi_step_backend(
@@ -94,9 +64,9 @@ def multi_step_backend(
     capture_bs: list[int],
     flashmla: bool = False,
 ):
-    """A multi-step backend of `draft_steps` - 1 step backends with metadata captured for each batch size.
+    """A multi-step backend of this many draft steps with metadata captured for each batch size.
 
-    Its `seq_lens` is the graph runner's buffer, int32 [max(capture_bs)], which upstream's captured metadata shares.
+    Its `seq_lens` is the graph runner's buffer [max(capture_bs)]; an int32 one upstream's captured metadata shares.
     """
     backend_cls, multi_step_cls = classes
     multi = object.__new__(multi_step_cls)
@@ -104,19 +74,35 @@ def multi_step_backend(
     multi.speculative_num_steps = draft_steps
     multi.attn_backends = [
         step_backend(backend_cls, release, device, req_to_token, draft_steps + 1, flashmla)
-        for _ in range(draft_steps - 1)
+        for _ in range(draft_steps - (stand_ins.base(_version()) >= stand_ins.STEPS_BUT_ONE))
     ]
     largest = max(capture_bs)
     multi.init_cuda_graph_state(largest, largest)
-    multi.seq_lens = torch.ones(largest, dtype=torch.int32, device=device)
+    multi.seq_lens = torch.ones(largest, dtype=_runner_dtype(), device=device)
     multi.req_pool_indices = torch.zeros(largest, dtype=torch.int64, device=device)
     for bs in sorted(capture_bs, reverse=True):
-        multi.init_forward_metadata_capture_cuda_graph(
-            SimpleNamespace(
-                batch_size=bs, req_pool_indices=multi.req_pool_indices[:bs], seq_lens=multi.seq_lens[:bs], spec_info=None
-            )
+        batch = SimpleNamespace(
+            batch_size=bs,
+            forward_mode=sys.modules[release.module].ForwardMode.DECODE,
+            req_pool_indices=multi.req_pool_indices[:bs],
+            seq_lens=multi.seq_lens[:bs],
+            seq_lens_cpu=torch.ones(bs, dtype=multi.seq_lens.dtype),
+            seq_lens_sum=bs,
+            spec_info=None,
         )
+        if release.out_graph:
+            multi.init_forward_metadata_out_graph(batch, in_capture=True)
+        else:
+            multi.init_forward_metadata_capture_cuda_graph(batch)
     return multi
+
+
+def _on_host(lengths: list[int]) -> torch.Tensor | None:
+    return None if stand_ins.base(_version()) >= stand_ins.NO_CPU_LENGTHS else torch.tensor(lengths, dtype=torch.int32)
+
+
+def _runner_dtype() -> torch.dtype:
+    return torch.int64 if stand_ins.base(_version()) >= stand_ins.LENGTHS_64 else torch.int32
 
 
 def forward_batch(multi, slots: list[int], lengths: list[int], bs: int) -> SimpleNamespace:
@@ -136,7 +122,7 @@ def forward_batch(multi, slots: list[int], lengths: list[int], bs: int) -> Simpl
         batch_size=bs,
         req_pool_indices=req_pool_indices,
         seq_lens=seq_lens,
-        seq_lens_cpu=torch.tensor(padded, dtype=torch.int32),
+        seq_lens_cpu=_on_host(padded),
         seq_lens_sum=sum(padded),
         spec_info=None,
     )
@@ -146,7 +132,10 @@ def replay(multi, batch: SimpleNamespace) -> None:
     """One replay. Upstream prints on every fallback, which on a CPU is each call: that stays unseen."""
     quiet = contextlib.redirect_stdout(io.StringIO()) if multi.seq_lens.device.type == "cpu" else contextlib.nullcontext()
     with quiet:
-        multi.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+        if hasattr(multi, "init_forward_metadata_replay_cuda_graph"):
+            multi.init_forward_metadata_replay_cuda_graph(batch, batch.batch_size)
+        else:
+            multi.init_forward_metadata_out_graph(batch)
 
 
 def graph_backend(
@@ -155,25 +144,33 @@ def graph_backend(
 ):  # fmt: skip
     """A step backend as a graph runner holds it: captured for each batch size in this ForwardMode.
 
-    Its `graph_lens` and `graph_slots` are the runner's buffers, int32 and int64 [max(capture_bs)].
+    Its `graph_lens` and `graph_slots` are the runner's buffers [max(capture_bs)].
     """
     backend = step_backend(cls, release, device, req_to_token, draft_tokens, flashmla)
     largest = max(capture_bs)
     rows = 1 if mode == "DECODE" else draft_tokens
     backend.init_cuda_graph_state(largest, largest * rows)
-    backend.graph_lens = torch.ones(largest, dtype=torch.int32, device=device)
+    backend.graph_lens = torch.ones(largest, dtype=_runner_dtype(), device=device)
     backend.graph_slots = torch.zeros(largest, dtype=torch.int64, device=device)
     for bs in sorted(capture_bs, reverse=True):
-        backend.init_forward_metadata_capture_cuda_graph(
-            bs, bs * rows, backend.graph_slots[:bs], backend.graph_lens[:bs], None, module.ForwardMode[mode], None
-        )
+        capture(backend, module, release, mode, bs)
     return backend
+
+
+def capture(backend, module: types.ModuleType, release: Release, mode: str, bs: int) -> None:
+    slots, lengths, forward_mode = backend.graph_slots[:bs], backend.graph_lens[:bs], module.ForwardMode[mode]
+    if release.out_graph:
+        batch = dict(batch_size=bs, req_pool_indices=slots, seq_lens=lengths, forward_mode=forward_mode, spec_info=None)
+        backend.init_forward_metadata_out_graph(SimpleNamespace(**batch), in_capture=True)
+    else:
+        rows = bs if mode == "DECODE" else bs * backend.speculative_num_draft_tokens
+        backend.init_forward_metadata_capture_cuda_graph(bs, rows, slots, lengths, None, forward_mode, None)
 
 
 def graph_batch(
     backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = ()
 ) -> dict:
-    """The arguments of one replay, from the runner's buffers, padded to bs as upstream's runners pad."""
+    """The arguments of `replay_graph`, from the runner's buffers, padded to bs as upstream's runners pad."""
     raw, device = len(slots), backend.graph_lens.device
     lengths = lengths + [1] * (bs - raw)
     backend.graph_lens[:bs].copy_(torch.tensor(lengths, dtype=torch.int32))
@@ -181,7 +178,9 @@ def graph_batch(
     spec_info = None
     if accepted:
         accepted = list(accepted) + [backend.speculative_num_draft_tokens] * (bs - raw)
-        spec_info = SimpleNamespace(num_accept_tokens=torch.tensor(accepted, dtype=torch.int32, device=device))
+        accepted = torch.tensor(accepted, dtype=torch.int32, device=device)
+        names = ("accept_length", "num_accepted_tokens", "num_accept_tokens")  # in one release or another
+        spec_info = SimpleNamespace(**dict.fromkeys(names, accepted))
     return dict(
         bs=bs,
         req_pool_indices=backend.graph_slots[:bs],
@@ -190,8 +189,16 @@ def graph_batch(
         encoder_lens=None,
         forward_mode=module.ForwardMode[mode],
         spec_info=spec_info,
-        seq_lens_cpu=torch.tensor(lengths, dtype=torch.int32),
+        seq_lens_cpu=_on_host(lengths),
     )
+
+
+def replay_graph(backend, batch: dict) -> None:
+    """One replay of a step backend as a graph runner calls it."""
+    if hasattr(backend, "init_forward_metadata_replay_cuda_graph"):
+        backend.init_forward_metadata_replay_cuda_graph(**batch)
+    else:
+        backend.init_forward_metadata_out_graph(SimpleNamespace(**batch, batch_size=batch["bs"]))
 
 
 def draft_extend_batch(
@@ -243,15 +250,18 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     lengths: int [rows], the live tokens of each row.
     """
     found = {}
+    n = "nsa" if hasattr(metadata, "nsa_cache_seqlens_int32") else "dsa"
     for name in (
         "cache_seqlens_int32",
         "cu_seqlens_k",
-        "nsa_cache_seqlens_int32",
-        "nsa_seqlens_expanded",
-        "nsa_cu_seqlens_k",
+        f"{n}_cache_seqlens_int32",
+        f"{n}_seqlens_expanded",
+        f"{n}_cu_seqlens_k",
         "paged_mqa_schedule_metadata",
+        "paged_mqa_ctx_lens_2d",
+        "topk_v2_plan",
     ):
-        if getattr(metadata, name) is not None:
+        if getattr(metadata, name, None) is not None:
             found[name] = getattr(metadata, name).clone()
     for name, page in (("page_table_1", 1), ("real_page_table", 64)):
         table = getattr(metadata, name)

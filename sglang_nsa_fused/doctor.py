@@ -49,7 +49,10 @@ def _tvm_ffi() -> str:
 
 
 def _sglang() -> str:
-    return f"{plugin.find_release()[1]} is supported"
+    release, version = plugin.find_release()
+    if version not in release.versions:
+        return f"{version} is newer than {release.versions[-1]}, the last one tested; its names decide"
+    return f"{version} is supported"
 
 
 def _entry_point() -> str:
@@ -104,9 +107,11 @@ def _driver() -> str:
 def _upstream() -> str:
     import torch
 
-    release, _ = plugin.find_release()
+    release, version = plugin.find_release()
     bare.import_upstream(release, "cuda" if torch.cuda.is_available() else "cpu")
     plugin.import_backend(release)
+    if version not in release.versions:
+        return plugin.untested(version, release)
     return f"{len(release.signatures)} names of {release.module} are as expected"
 
 

@@ -5,19 +5,11 @@ from types import ModuleType
 
 import torch
 
+from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine
 from sglang_nsa_fused.planners import Planners
 from sglang_nsa_fused.releases import Release
-
-
-def applies(forward_batch) -> bool:
-    """Whether this is such a batch, without the padding of data-parallel attention, which stays upstream's."""
-    return (
-        forward_batch.forward_mode.is_draft_extend(include_v2=True)
-        and forward_batch.global_num_tokens_cpu is None
-        and forward_batch.seq_lens_cpu is not None
-        and any(forward_batch.extend_seq_lens_cpu or ())
-    )
+from sglang_nsa_fused.replay import mode_of
 
 
 class DraftExtend:
@@ -26,6 +18,16 @@ class DraftExtend:
     Their tables hold what every row may read, its length's prefix; upstream fills the rest of a row with the slots
     behind it.
     """
+
+    @staticmethod
+    def applies(forward_batch) -> bool:
+        """Whether this is such a batch, without the padding of data-parallel attention, which stays upstream's."""
+        return (
+            mode_of(forward_batch.forward_mode) == reference.DRAFT_EXTEND
+            and forward_batch.global_num_tokens_cpu is None
+            and forward_batch.seq_lens_cpu is not None
+            and any(forward_batch.extend_seq_lens_cpu or ())
+        )
 
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
         self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
@@ -38,11 +40,16 @@ class DraftExtend:
         getattr(backend, release.set_prefill_impl)(forward_batch=None)
         self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}
         self._metadata = getattr(module, release.metadata)
-        self._same = {
-            field.name: field.default
-            for field in dataclasses.fields(self._metadata)
-            if field.default is not dataclasses.MISSING
-        } | dict(page_size=self._page_size, max_seq_len_q=1, nsa_max_seqlen_q=1)
+        fields = dataclasses.fields(self._metadata)
+        self._same = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        self._same |= {"page_size": self._page_size, "max_seq_len_q": 1}
+        self._nsa_cu_lens_q, self._nsa_extend_lens = (f"{release.names}_{n}" for n in ("cu_seqlens_q", "extend_seq_lens_list"))
+        _, _, _, self._nsa_lens, self._expanded, self._nsa_cu_lens, _ = release.captured
+        self._has_indexer_lens = "indexer_seq_lens" in self._same
+        self._lens_2d = release.captured_lens_2d
+        self._build_plan = getattr(backend, release.build_topk_v2_plan) if release.topk_v2_plan else None
+        self._floor, self._v2_schedule = release.floor, release.v2_schedule
+        self._topk_v2_plan = release.topk_v2_plan
 
     def __call__(self, forward_batch):
         """In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted."""
@@ -50,7 +57,9 @@ class DraftExtend:
         bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
         cols = int(forward_batch.seq_lens_cpu.max())
         pages = (cols + self._page_size - 1) // self._page_size
-        segment_len = self._planners.segment_len(rows, self._req_to_token.device) if self._num_sms else 0
+        is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
+        scheduled = self._num_sms and (self._v2_schedule or not is_v2)
+        segment_len = self._planners.segment_len(rows, self._req_to_token.device) if scheduled else 0
 
         schedule_size = 2 * (self._num_sms + 1) if segment_len else 0
         sizes = (schedule_size, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
@@ -58,7 +67,7 @@ class DraftExtend:
         self._generate(
             forward_batch.seq_lens,
             forward_batch.req_pool_indices,
-            None if forward_batch.forward_mode.is_draft_extend_v2() else forward_batch.extend_seq_lens,
+            None if is_v2 else forward_batch.extend_seq_lens,
             bs,
             self._req_to_token,
             workspace,
@@ -67,6 +76,7 @@ class DraftExtend:
             *self._sizes,
             segment_len,
             max(self._num_sms, 1),
+            self._floor,
         )
         schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(
             workspace, sizes
@@ -78,13 +88,14 @@ class DraftExtend:
         if segment_len:
             schedule = schedule.view(-1, 2)
         else:
-            schedule = self._planners.schedule(expanded, bs) if self._num_sms else None
+            schedule = self._planners.schedule(expanded, bs) if scheduled else None
         arange = self._aranges.get(rows)
         if arange is None:
             arange = self._aranges[rows] = self._backend.get_device_int32_arange(rows + 1)
         # Upstream's frozen dataclass would set its fields one after another, at twice the time of the launch.
         metadata = object.__new__(self._metadata)
-        vars(metadata).update(
+        fields = vars(metadata)
+        fields.update(
             self._same,
             cache_seqlens_int32=cache_lens,
             max_seq_len_k=cols,
@@ -93,15 +104,20 @@ class DraftExtend:
             seq_lens_sum=forward_batch.seq_lens_sum,
             page_table_1=table.view(rows, cols),
             real_page_table=real_table.view(rows, pages),
-            nsa_cache_seqlens_int32=nsa_lens,
-            nsa_cu_seqlens_q=arange,
-            nsa_cu_seqlens_k=nsa_cu_lens,
-            nsa_extend_seq_lens_list=extend_lens_cpu,
-            nsa_seqlens_expanded=expanded,
             flashmla_metadata=flashmla,
             paged_mqa_schedule_metadata=schedule,
-            indexer_seq_lens_cpu=forward_batch.seq_lens_cpu,
-            indexer_seq_lens=forward_batch.seq_lens,
         )
+        fields[self._nsa_lens] = nsa_lens
+        fields[self._nsa_cu_lens_q] = arange
+        fields[self._nsa_cu_lens] = nsa_cu_lens
+        fields[self._nsa_extend_lens] = extend_lens_cpu
+        fields[self._expanded] = expanded
+        if self._has_indexer_lens:
+            fields["indexer_seq_lens_cpu"] = forward_batch.seq_lens_cpu
+            fields["indexer_seq_lens"] = forward_batch.seq_lens
+        if self._lens_2d is not None and schedule is not None:
+            fields[self._lens_2d] = expanded.view(-1, 1)
+        if self._build_plan is not None:
+            fields[self._topk_v2_plan] = self._build_plan(expanded)
         vars(self._backend).update(self._state)
         return metadata

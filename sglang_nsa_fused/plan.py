@@ -20,6 +20,7 @@ class Values(NamedTuple):
     segment_len: int = 0  # tokens that DeepGEMM schedules as one; 0: no destination holds a schedule
     num_splits: Optional[torch.Tensor] = None  # int32 [rows + 1], FlashMLA's for this number of rows
     tile_metadata: Optional[torch.Tensor] = None  # int32 [num_sm_parts, 8]
+    row_floor: int = -(1 << 31)  # of draft extend: the least length of a row
     len_offsets: tuple[int, ...] = ()  # added to the lengths of each destination; none: 0
 
 

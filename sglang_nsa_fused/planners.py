@@ -26,25 +26,33 @@ class Planners:
     """Both planners of one process; each finding is made once for a number of rows and said once."""
 
     def __init__(self, release: Release, module: ModuleType, engine: Engine):
-        self._release = release
-        self._to_2d = getattr(module, release.context_lens_2d)
+        self._release, self._module = release, module
         self._engine = engine
         self._segment_lens: dict[int, int] = {}
         self._flashmla: dict[tuple, object] = {}
         self._said: set[str] = set()
 
     @functools.cached_property
-    def _deep_gemm(self) -> ModuleType:
+    def _deep_gemm(self) -> tuple[Callable, Callable]:
+        """(get_paged_mqa_logits_metadata, get_num_sms), as upstream finds them."""
+        release, module = self._release, self._module
+        if release.schedule_function is not None:
+            return getattr(module, release.schedule_function)(), getattr(module, release.num_sms)
         import deep_gemm
 
-        return deep_gemm
+        return deep_gemm.get_paged_mqa_logits_metadata, deep_gemm.get_num_sms
 
     def num_sms(self) -> int:
-        return self._deep_gemm.get_num_sms()
+        return self._deep_gemm[1]()
 
     def schedule(self, lengths: torch.Tensor, bs: int) -> torch.Tensor:
         """DeepGEMM's own paged MQA schedule, int32 [num_sms + 1, 2], for int32 lengths [rows] and pages of 64 tokens."""
-        return self._deep_gemm.get_paged_mqa_logits_metadata(self._to_2d(lengths, bs), 64, self.num_sms())
+        to_2d = self._release.context_lens_2d
+        return self.schedule_of(getattr(self._module, to_2d)(lengths, bs) if to_2d else lengths)
+
+    def schedule_of(self, context_lens: torch.Tensor) -> torch.Tensor:
+        """The same for lengths in the form that this release hands to DeepGEMM."""
+        return self._deep_gemm[0](context_lens, 64, self.num_sms())
 
     def segment_len(self, rows: int, device: str) -> int:
         """The segment length with which our schedule is DeepGEMM's for so many rows; 0: with none, use theirs."""
@@ -69,7 +77,7 @@ class Planners:
 
     def flashmla(self, backend, rows: int):
         """FlashMLA's plan for so many rows, where it is the same for all lengths, as it is with a top k; else None."""
-        key = (rows, backend.num_q_heads)
+        key = (rows, getattr(backend, self._release.flashmla_heads))
         if key not in self._flashmla:
             plans = [self.flashmla_of(backend, lengths) for lengths in length_vectors(rows, backend.device)]
             alike = all(_same_plan(plans[0], plan) for plan in plans[1:])

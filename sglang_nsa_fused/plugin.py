@@ -1,5 +1,6 @@
 """Entry point: reads the gate, finds the release, installs the hooks. Imports only the standard library by itself."""
 
+import functools
 import logging
 
 logger = logging.getLogger("sglang_nsa_fused")
@@ -41,7 +42,8 @@ def install(settings) -> None:
 
 
 def find_release():
-    """(Release, version of the installed sglang). Raises Unsupported."""
+    """(Release, version of the installed sglang). For an sglang newer than all known the newest Release, which
+    `import_backend` then checks. Raises Unsupported."""
     from importlib.metadata import PackageNotFoundError, version
 
     from sglang_nsa_fused import releases
@@ -50,9 +52,9 @@ def find_release():
         installed = version("sglang")
     except PackageNotFoundError:
         raise Unsupported("sglang is not installed; install sglang-nsa-fused[sglang]") from None
-    release = releases.find(installed)
+    release = releases.find(installed) or releases.newest(installed)
     if release is None:
-        raise Unsupported(f"sglang {installed} is not supported; supported are {releases.supported_versions()}")
+        raise Unsupported(_unsupported(installed))
     return release, installed
 
 
@@ -62,8 +64,35 @@ def import_backend(release):
 
     from sglang_nsa_fused import releases
 
-    module = importlib.import_module(release.module)
+    _, installed = find_release()
+    known = installed in release.versions
+    try:
+        module = importlib.import_module(release.module)
+    except ModuleNotFoundError as error:
+        if known or not release.module.startswith(error.name or " "):
+            raise
+        raise Unsupported(_unsupported(installed, f"it has no {release.module}")) from error
     missing = releases.missing_names(release, module)
     if missing:
-        raise Unsupported(f"sglang was changed: {release.module} lacks {', '.join(missing)}; reinstall sglang")
+        lacks = f"{release.module} lacks {', '.join(missing)}"
+        changed = f"sglang was changed: {lacks}; reinstall sglang"
+        raise Unsupported(changed if known else _unsupported(installed, lacks))
+    if not known:
+        _say_untested(untested(installed, release))
     return module
+
+
+def _unsupported(version: str, why: str = "") -> str:
+    from sglang_nsa_fused import releases
+
+    text = f"sglang {version} is not supported; supported are {releases.supported_versions()}"
+    return f"{text}; {why}" if why else text
+
+
+def untested(version: str, release) -> str:
+    return f"sglang {version} is untested; what the plugin relies on is as in {release.versions[-1]}"
+
+
+@functools.lru_cache(None)
+def _say_untested(finding: str) -> None:
+    logger.warning("sglang-nsa-fused: %s", finding)

@@ -61,6 +61,8 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
         lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d = dst
         cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0) + offset).to(torch.int32)
         row_lens = (cache[request] - counts[request] + 1 + nth).to(torch.int32)
+        if mode == DRAFT_EXTEND:
+            row_lens = row_lens.clamp(min=values.row_floor)
         nsa = row_lens.clamp(max=values.nsa_index_topk)
         columns = (cache + max(offsets) - offset)[request].view(-1, 1)
         for out, new in ((lengths, cache), (expanded, row_lens), (nsa_lengths, nsa)):

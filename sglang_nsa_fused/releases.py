@@ -1,6 +1,7 @@
 """What differs between sglang releases, as data."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -15,111 +16,228 @@ class Release:
     module: str  # holds both classes
     backend: str
     multi_step: str
+    names: str  # what the names of fields begin with, "nsa" or "dsa"
     precomputed: tuple[str, ...]
     captured: tuple[str, ...]
     metadata: str  # class of what the graph reads
-    captured_lens_2d: str  # its attribute with DeepGEMM's form of the lengths, which not every release has
-    context_lens_2d: str  # the function that makes that form
+    captured_lens_2d: str | None  # its attribute with the lengths that DeepGEMM's schedule was made of
+    context_lens_2d: str | None  # the function that makes that form, [rows, 1]; None: the schedule takes lengths [rows]
+    topk_v2_plan: str | None  # its attribute with the top-k plan, made and refreshed by the backend's next methods
+    build_topk_v2_plan: str | None
+    refresh_topk_v2_plan: str | None
+    # Functions of the module that give DeepGEMM's functions get_paged_mqa_logits_metadata and get_num_sms, or what stands
+    # in for them there; None: DeepGEMM's own.
+    schedule_function: str | None
+    num_sms: str | None
     # Attributes of the backend.
     page_size: str
     req_to_token: str
     draft_tokens: str
     index_topk: str
     decode_impl: str
-    accepted: str  # attribute of a draft extend's spec_info: rows of each request
+    kpool: str | None  # above 1, pooled metadata follows
+    flashmla_heads: str  # what FlashMLA's plan depends on besides the lengths
+    kv_shard_pool: str | None  # where there is one, a batch without a graph prepares it
+    accepted: str | None  # attribute of a draft extend graph's spec_info: rows of each request; None: all draft tokens
     # The method of the backend that each replay calls first, and all that it sets without a batch. What it sets depends
     # on the server's flags alone, so a replay sets what the capture saw, without the method's imports.
     set_prefill_impl: str
     prefill_impl_state: tuple[str, ...]
+    # How a graph runner captures and replays: one method of each class with `in_capture`, or two methods.
+    out_graph: bool
+    draft_extend: tuple[str, ...]  # forward modes of a draft extend graph; none where upstream captures none
+    v2_schedule: bool  # whether a draft extend of DRAFT_EXTEND_V2 has a schedule too
+    spec_info: bool  # whether _precompute_replay_metadata takes it
+    floor: int  # the least length of a row of a draft extend: padded rows have fewer tokens than they extend by
+    draft_schedule: bool  # whether upstream refreshes the schedule for the draft steps
     signatures: dict[str, tuple[str, ...]]  # "Class.method" or "function" -> its parameters, for the check at start-up
 
 
-NSA = Release(
-    versions=("0.5.12", "0.5.12.post1"),
+def _signatures(backend: str, multi_step: str, of_backend: dict, of_multi_step: dict, of_module: dict) -> dict:
+    return {
+        **{f"{backend}.{name}": parameters for name, parameters in of_backend.items()},
+        **{f"{multi_step}.{name}": parameters for name, parameters in of_multi_step.items()},
+        **of_module,
+    }
+
+
+_STATE = {"init_cuda_graph_state": ("self", "max_bs", "max_num_tokens")}
+_PRECOMPUTED = {"init_forward_metadata_replay_cuda_graph_from_precomputed": ("self", "bs", "precomputed", "forward_mode")}
+_PRECOMPUTE = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode")
+_CAPTURE = ("self", "bs", "num_tokens", "req_pool_indices", "seq_lens", "encoder_lens", "forward_mode", "spec_info")
+_REPLAY = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_sum", "encoder_lens", "forward_mode", "spec_info",
+           "seq_lens_cpu", "out_cache_loc")  # fmt: skip
+_OUT_GRAPH = ("self", "forward_batch", "in_capture")
+_APPLY = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode", "spec_info", "out_cache_loc",
+          "actual_forward_mode")  # fmt: skip
+_BUILD = ("self", "bs", "num_tokens", *_APPLY[2:])
+
+_NSA_CLASSES = ("NativeSparseAttnBackend", "NativeSparseAttnMultiStepBackend")
+_DSA_CLASSES = ("DeepseekSparseAttnBackend", "DeepseekSparseAttnMultiStepBackend")
+
+
+def _nsa_signatures(replay: tuple, of_module: dict) -> dict:
+    return _signatures(
+        *_NSA_CLASSES,
+        {
+            **_STATE,
+            **_PRECOMPUTED,
+            "init_forward_metadata_capture_cuda_graph": _CAPTURE,
+            "init_forward_metadata_replay_cuda_graph": replay,
+            "_precompute_replay_metadata": (*_PRECOMPUTE, "spec_info"),
+            "init_forward_metadata": ("self", "forward_batch"),
+            "get_device_int32_arange": ("self", "l"),
+            "set_nsa_prefill_impl": ("self", "forward_batch"),
+            "_compute_flashmla_metadata": ("self", "cache_seqlens", "seq_len_q"),
+        },
+        {
+            **_STATE,
+            "init_forward_metadata_capture_cuda_graph": ("self", "forward_batch"),
+            "init_forward_metadata_replay_cuda_graph": ("self", "forward_batch", "bs"),
+        },
+        of_module,
+    )
+
+
+def _dsa_signatures(precompute: tuple, arange: str, more: dict) -> dict:
+    return _signatures(
+        *_DSA_CLASSES,
+        {
+            **_STATE,
+            **_PRECOMPUTED,
+            "init_forward_metadata_out_graph": _OUT_GRAPH,
+            "_build_forward_metadata_cuda_graph": _BUILD,
+            "_apply_cuda_graph_metadata": _APPLY,
+            "_precompute_replay_metadata": precompute,
+            "_build_paged_mqa_schedule_2d_ctx_lens": (
+                "self", "forward_mode", "cache_seqlens_int32", "seqlens_expanded", "batch_size",
+            ),  # fmt: skip
+            "init_forward_metadata": ("self", "forward_batch"),
+            "get_device_int32_arange": ("self", arange),
+            "set_dsa_prefill_impl": ("self", "forward_batch"),
+            "_compute_flashmla_metadata": ("self", "cache_seqlens", "seq_len_q"),
+            **more,
+        },
+        {**_STATE, "init_forward_metadata_out_graph": _OUT_GRAPH},
+        {"_to_2d_context_lens": ("seqlens_32", "batch_size")},
+    )
+
+
+NSA_0_5_7 = Release(
+    versions=("0.5.7", "0.5.8", "0.5.8.post1", "0.5.9", "0.5.10", "0.5.10.post1"),
     module="sglang.srt.layers.attention.nsa_backend",
-    backend="NativeSparseAttnBackend",
-    multi_step="NativeSparseAttnMultiStepBackend",
+    backend=_NSA_CLASSES[0],
+    multi_step=_NSA_CLASSES[1],
+    names="nsa",
     precomputed=(
-        "cache_seqlens",
-        "cu_seqlens_k",
-        "page_indices",
-        "nsa_cache_seqlens",
-        "seqlens_expanded",
-        "nsa_cu_seqlens_k",
+        "cache_seqlens", "cu_seqlens_k", "page_indices", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
         "real_page_table",
     ),
     captured=(
-        "cache_seqlens_int32",
-        "cu_seqlens_k",
-        "page_table_1",
-        "nsa_cache_seqlens_int32",
-        "nsa_seqlens_expanded",
-        "nsa_cu_seqlens_k",
-        "real_page_table",
+        "cache_seqlens_int32", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens_int32", "nsa_seqlens_expanded",
+        "nsa_cu_seqlens_k", "real_page_table",
     ),
     metadata="NSAMetadata",
-    captured_lens_2d="paged_mqa_ctx_lens_2d",
-    context_lens_2d="_to_2d_context_lens",
+    captured_lens_2d=None,
+    context_lens_2d=None,
+    topk_v2_plan=None,
+    build_topk_v2_plan=None,
+    refresh_topk_v2_plan=None,
+    schedule_function=None,
+    num_sms=None,
     page_size="real_page_size",
     req_to_token="req_to_token",
     draft_tokens="speculative_num_draft_tokens",
     index_topk="nsa_index_topk",
     decode_impl="nsa_decode_impl",
-    accepted="num_accept_tokens",
+    kpool=None,
+    flashmla_heads="num_q_heads",
+    kv_shard_pool=None,
+    accepted="accept_length",
     set_prefill_impl="set_nsa_prefill_impl",
     prefill_impl_state=("use_mha", "nsa_prefill_impl"),
-    signatures={
-        "NativeSparseAttnBackend.init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
-        "NativeSparseAttnBackend.init_forward_metadata_capture_cuda_graph": (
-            "self",
-            "bs",
-            "num_tokens",
-            "req_pool_indices",
-            "seq_lens",
-            "encoder_lens",
-            "forward_mode",
-            "spec_info",
-        ),
-        "NativeSparseAttnBackend.init_forward_metadata_replay_cuda_graph_from_precomputed": (
-            "self",
-            "bs",
-            "precomputed",
-            "forward_mode",
-        ),
-        "NativeSparseAttnBackend._precompute_replay_metadata": (
-            "self",
-            "bs",
-            "req_pool_indices",
-            "seq_lens",
-            "seq_lens_cpu",
-            "forward_mode",
-            "spec_info",
-        ),
-        "NativeSparseAttnBackend.init_forward_metadata_replay_cuda_graph": (
-            "self",
-            "bs",
-            "req_pool_indices",
-            "seq_lens",
-            "seq_lens_sum",
-            "encoder_lens",
-            "forward_mode",
-            "spec_info",
-            "seq_lens_cpu",
-            "out_cache_loc",
-            "actual_forward_mode",
-        ),
-        "NativeSparseAttnBackend.init_forward_metadata": ("self", "forward_batch"),
-        "NativeSparseAttnBackend.get_device_int32_arange": ("self", "l"),
-        "NativeSparseAttnBackend._compute_flashmla_metadata": ("self", "cache_seqlens", "seq_len_q"),
-        "NativeSparseAttnBackend.set_nsa_prefill_impl": ("self", "forward_batch"),
-        "NativeSparseAttnMultiStepBackend.init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
-        "NativeSparseAttnMultiStepBackend.init_forward_metadata_capture_cuda_graph": ("self", "forward_batch"),
-        "NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph": ("self", "forward_batch", "bs"),
-        "_to_2d_context_lens": ("seqlens_32", "batch_size"),
-    },
+    out_graph=False,
+    draft_extend=("DRAFT_EXTEND", "DRAFT_EXTEND_V2"),
+    v2_schedule=False,
+    spec_info=True,
+    floor=-(1 << 31),
+    draft_schedule=False,
+    signatures=_nsa_signatures(_REPLAY, {}),
+)  # fmt: skip
+NSA_0_5_11 = replace(NSA_0_5_7, versions=("0.5.11",), accepted="num_accepted_tokens", flashmla_heads="flashmla_kv_num_q_heads")
+NSA_0_5_12 = replace(
+    NSA_0_5_11,
+    versions=("0.5.12", "0.5.12.post1"),
+    context_lens_2d="_to_2d_context_lens",
+    accepted="num_accept_tokens",
+    draft_schedule=True,
+    v2_schedule=True,
+    signatures=_nsa_signatures((*_REPLAY, "actual_forward_mode"), {"_to_2d_context_lens": ("seqlens_32", "batch_size")}),
 )
+DSA_0_5_13 = replace(
+    NSA_0_5_12,
+    versions=("0.5.13", "0.5.13.post1"),
+    module="sglang.srt.layers.attention.dsa_backend",
+    backend=_DSA_CLASSES[0],
+    multi_step=_DSA_CLASSES[1],
+    names="dsa",
+    precomputed=tuple(name.replace("nsa_", "dsa_") for name in NSA_0_5_7.precomputed),
+    captured=tuple(name.replace("nsa_", "dsa_") for name in NSA_0_5_7.captured),
+    metadata="DSAMetadata",
+    captured_lens_2d="paged_mqa_ctx_lens_2d",
+    index_topk="dsa_index_topk",
+    decode_impl="dsa_decode_impl",
+    set_prefill_impl="set_dsa_prefill_impl",
+    prefill_impl_state=("use_mha", "dsa_prefill_impl"),
+    out_graph=True,
+    draft_extend=(),
+    signatures=_dsa_signatures((*_PRECOMPUTE, "spec_info"), "l", {}),
+)
+DSA_0_5_14 = replace(DSA_0_5_13, versions=("0.5.14",), spec_info=False, signatures=_dsa_signatures(_PRECOMPUTE, "length", {}))
+_REFRESH = {
+    "_refresh_paged_mqa_schedule_metadata": ("self", "metadata", "seqlens_32_2d"),
+    "_refresh_topk_v2_plan": ("self", "metadata"),
+    "_build_topk_v2_plan": ("self", "seqlens_expanded"),
+    "_graph_page_table_width": ("self", "metadata"),
+}
+DSA_0_5_15 = replace(
+    DSA_0_5_14,
+    versions=("0.5.15", "0.5.15.post1", "0.5.16", "0.5.17", "0.5.18", "0.5.19"),
+    draft_extend=("DRAFT_EXTEND_V2",),
+    accepted=None,
+    floor=0,
+    topk_v2_plan="topk_v2_plan",
+    build_topk_v2_plan="_build_topk_v2_plan",
+    refresh_topk_v2_plan="_refresh_topk_v2_plan",
+    signatures=_dsa_signatures(_PRECOMPUTE, "length", _REFRESH),
+)
+_KPOOL = {
+    "_copy_base_replay_buffers": ("self", "bs", "metadata", "precomputed", "forward_mode"),
+    "_update_kpool_metadata_from_precomputed": ("self", "metadata", "precomputed", "forward_mode"),
+    "_update_kpool_metadata_replay": (
+        "self", "metadata", "seq_lens", "req_pool_indices", "forward_mode", "effective_n_per_batch",
+    ),
+}  # fmt: skip
+DSA_0_5_20 = replace(
+    DSA_0_5_15,
+    versions=("0.5.20", "0.5.21"),
+    kpool="dsa_index_kpool",
+    signatures=_dsa_signatures(_PRECOMPUTE, "length", {**_REFRESH, **_KPOOL}),
+)
+DSA_0_5_22 = replace(
+    DSA_0_5_20,
+    versions=("0.5.22",),
+    page_size="physical_page_size",
+    schedule_function="resolve_paged_mqa_logits_metadata_fn",
+    num_sms="resolve_num_sms",
+    signatures={**DSA_0_5_20.signatures, "resolve_paged_mqa_logits_metadata_fn": (), "resolve_num_sms": ()},
+)
+DSA_0_5_23 = replace(DSA_0_5_22, versions=("0.5.23",), kv_shard_pool="_kv_shard_pool")
 
-RELEASES = (NSA,)
+RELEASES = (
+    NSA_0_5_7, NSA_0_5_11, NSA_0_5_12, DSA_0_5_13, DSA_0_5_14, DSA_0_5_15, DSA_0_5_20, DSA_0_5_22,
+    DSA_0_5_23,
+)  # fmt: skip
 
 
 def find(version: str) -> Release | None:
@@ -127,8 +245,19 @@ def find(version: str) -> Release | None:
     return next((release for release in RELEASES if version in release.versions), None)
 
 
+def newest(version: str) -> Release | None:
+    """The newest known release for a version that is not older than it, else None."""
+    if _numbers(version) < _numbers(RELEASES[-1].versions[-1]):
+        return None
+    return RELEASES[-1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 def supported_versions() -> str:
-    return ", ".join(version for release in RELEASES for version in release.versions)
+    return f"{RELEASES[0].versions[0]} to {RELEASES[-1].versions[-1]}"
 
 
 def missing_names(release: Release, module) -> list[str]:
@@ -144,4 +273,7 @@ def missing_names(release: Release, module) -> list[str]:
             missing.append(path)
         elif tuple(inspect.signature(target).parameters) != parameters:
             missing.append(f"{path}({', '.join(parameters)})")
+    fields = getattr(getattr(module, release.metadata, None), "__dataclass_fields__", {})
+    optional = (release.captured_lens_2d, release.topk_v2_plan)
+    missing += [f"{release.metadata}.{name}" for name in (*release.captured, *optional) if name and name not in fields]
     return missing

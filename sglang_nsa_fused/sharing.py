@@ -1,5 +1,6 @@
 """Whether step backends would build the same metadata, so that one set of buffers serves all."""
 
+import functools
 import types
 
 import torch
@@ -37,12 +38,23 @@ def _names(cls: type) -> set[str]:
     return found
 
 
-def _same(a, b) -> bool:
+def _same(a, b, depth: int = 3) -> bool:
+    """Whether a method that reads either does the same. Objects that compare by identity count by their attributes."""
     if a is b:
         return True
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if type(a) is not type(b) or depth == 0:
+        return False
+    if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
-    return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
+    if isinstance(a, functools.partial):
+        return all(_same(getattr(a, name), getattr(b, name), depth - 1) for name in ("func", "args", "keywords"))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key], depth - 1) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(one, other, depth - 1) for one, other in zip(a, b))
+    if type(a).__eq__ is object.__eq__ and not callable(a) and hasattr(a, "__dict__"):
+        return _same(vars(a), vars(b), depth - 1)
+    return bool(a == b)
 
 
 def buffer_bytes(buffers: dict) -> int:

@@ -76,6 +76,7 @@ def make(
     segment_len: int = 256,
     num_sms: int = 132,
     captured_bs: int = 0,
+    row_floor: int = -(1 << 31),
     lengths: Optional[list[int]] = None,
     seed: int = 0,
 ) -> Case:
@@ -114,7 +115,7 @@ def make(
 
     values = Values(
         pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len,
-        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), len_offsets,
+        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, len_offsets,
     )  # fmt: skip
     batch = (
         seq_lens.to(length_dtype).to(device),

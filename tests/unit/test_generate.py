@@ -34,6 +34,22 @@ def test_lengths_at_boundaries(device, length, mode):
     make(device, mode, bs=5, longest=2100, lengths=[length] * 5).run()
 
 
+@pytest.mark.parametrize("row_floor", [0, 3, -(1 << 31)])
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("bs", [3, 300])
+def test_rows_of_a_draft_extend_have_at_least_the_floor(device, bs, accepted, row_floor):
+    """A padded request has one token and still extends by all draft tokens."""
+    case = make(device, DRAFT_EXTEND, bs, accepted=accepted, row_floor=row_floor, lengths=[1 - 4, 300, 2 - 4] * (bs // 3))
+    case.run()
+    if not accepted:
+        assert case.destinations[0][4][:4].tolist() == [max(n, row_floor) for n in (-2, -1, 0, 1)]
+
+
+@pytest.mark.parametrize("mode", [DECODE, TARGET_VERIFY])
+def test_the_floor_is_a_draft_extends_alone(device, mode):
+    make(device, mode, 3, row_floor=100, lengths=[1, 2, 300]).run()
+
+
 @pytest.mark.parametrize("length_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
 def test_dtypes(device, length_dtype, slot_dtype):

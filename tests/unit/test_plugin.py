@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sglang_nsa_fused import plugin, releases
+from sglang_nsa_fused import doctor, plugin, releases
 from sglang_nsa_fused.settings import GATE, REQUIRED
 
 
@@ -44,7 +44,7 @@ def test_unknown_release_warns_once_and_leaves_sglang_alone(gate, monkeypatch, c
     plugin.activate()
     assert [record.getMessage() for record in caplog.records] == [
         "sglang-nsa-fused: not active, sglang runs unchanged: sglang 9.9.9 is not supported; "
-        "supported are 0.5.12, 0.5.12.post1"
+        "supported are 0.5.7 to 0.5.23"
     ]
 
 
@@ -70,14 +70,59 @@ def test_gate_that_is_neither_true_nor_false_warns(monkeypatch, caplog):
     assert f"{GATE}: expected one of" in caplog.text
 
 
-@pytest.mark.parametrize("version", ["0.5.12", "0.5.12.post1"])
+@pytest.mark.parametrize("version", ["0.5.7", "0.5.8.post1", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.18", "0.5.23"])
 def test_supported(version):
-    assert releases.find(version) is releases.NSA
+    assert version in releases.find(version).versions
 
 
-@pytest.mark.parametrize("version", ["0.5.11", "0.5.13", "0.6", ""])
+@pytest.mark.parametrize("version", ["0.5.6.post2", "0.5.12.dev1", "0.5.24", "0.6", ""])
 def test_not_supported(version):
     assert releases.find(version) is None
+
+
+def test_each_version_is_in_one_release():
+    versions = [version for release in releases.RELEASES for version in release.versions]
+    assert len(versions) == len(set(versions))
+
+
+@pytest.fixture
+def tomorrows(monkeypatch):
+    """An sglang newer than all known, with this backend module in its place."""
+
+    def install(version, module):
+        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+        monkeypatch.setitem(sys.modules, releases.RELEASES[-1].module, module)
+        plugin._say_untested.cache_clear()
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["0.5.23.post1", "0.5.24", "0.6.0rc1", "1.0"])
+def test_a_newer_release_with_all_names_is_tried_and_said_once(tomorrows, monkeypatch, caplog, version):
+    module = object()
+    tomorrows(version, module)
+    monkeypatch.setattr(releases, "missing_names", lambda release, module: [])
+    release, found = plugin.find_release()
+    assert (release, found) == (releases.RELEASES[-1], version)
+    assert plugin.import_backend(release) is plugin.import_backend(release) is module
+    assert [r.getMessage() for r in caplog.records] == [
+        f"sglang-nsa-fused: sglang {version} is untested; what the plugin relies on is as in 0.5.23"
+    ]
+    assert "newer than 0.5.23" in doctor._sglang()
+
+
+def test_a_newer_release_that_lacks_a_name_is_left_alone(tomorrows):
+    tomorrows("0.7", object())
+    release, _ = plugin.find_release()
+    with pytest.raises(plugin.Unsupported, match="sglang 0.7 is not supported; supported are 0.5.7 to 0.5.23; .* lacks"):
+        plugin.import_backend(release)
+
+
+@pytest.mark.parametrize("version", ["0.5.6.post2", "0.4.10", "0.5.18.post9"])
+def test_an_unknown_release_that_is_not_newer_is_not_tried(monkeypatch, version):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.raises(plugin.Unsupported, match="is not supported"):
+        plugin.find_release()
 
 
 def test_missing_names_are_named():
@@ -89,7 +134,9 @@ def test_missing_names_are_named():
         pass
 
     module.NativeSparseAttnBackend = NativeSparseAttnBackend
-    missing = releases.missing_names(releases.NSA, module)
+    release = releases.NSA_0_5_12
+    missing = releases.missing_names(release, module)
     assert "NativeSparseAttnBackend.init_cuda_graph_state(self, max_bs, max_num_tokens)" in missing
     assert "NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph" in missing
-    assert len(missing) == len(releases.NSA.signatures)
+    assert "NSAMetadata.real_page_table" in missing
+    assert len(missing) == len(release.signatures) + len(release.captured)
