@@ -120,7 +120,7 @@ def copy_part(draft_steps: int, bs: int, columns: int, flashmla: bool, schedule:
             bs, batch.req_pool_indices, batch.seq_lens, batch.seq_lens_cpu, module.ForwardMode.DECODE, None
         )
         first._precompute_replay_metadata = lambda ready=ready, **_: ready
-        sides[name] = lambda multi=multi, batch=batch: multi.init_forward_metadata_replay_cuda_graph(batch, bs)
+        sides[name] = lambda multi=multi, batch=batch: bare.replay(multi, batch)
     return sides
 
 

@@ -129,7 +129,7 @@ def test_a_graphs_replay_is_one_launch(upstream, mode, flashmla):
         accepted = [2] * len(slots) if mode == "DRAFT_EXTEND" else []
         batch = bare.graph_batch(on, upstream.module, mode, slots, [n + 4 for n in lengths], bs, accepted)
         before = allocations()
-        names = launched(lambda: on.init_forward_metadata_replay_cuda_graph(**batch))
+        names = launched(lambda: bare.replay_graph(on, batch))
         assert len(names) == 1 and "generate_kernel" in names[0], names
         assert allocations() == before
 
