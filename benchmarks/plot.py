@@ -1,4 +1,4 @@
-"""The README's picture, from the committed results of the copy.
+"""The README's picture, from the committed results of the replays and of the servers.
 
     python -m benchmarks.plot
 """
@@ -9,38 +9,49 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results/copy-h100-0.5.12.post1.json"
-DESTINATIONS, BATCHES = (1, 2, 3, 4, 7), (1, 4, 16, 64, 256)
-SIDES = {"copies": ("individual copies", "#9aa0a6"), "jit": ("upstream's fused kernel", "#d9822b"), "ours": ("ours", "#2b6cb0")}
+RELEASE = "h100-0.5.12.post1"
+BATCHES = (1, 4, 16, 64)
+KINDS = {"draft": ("draft steps", "o"), "verify": ("target verify", "s"), "extend": ("draft extend", "^")}
+SIDES = {"upstream": ("sglang", "#d9822b"), "ours": ("with the plugin", "#2b6cb0")}
 
 
-def series(cases: dict, metric: str, names: list[str]) -> dict[str, list[float]]:
-    """Side -> values; ours as measured against upstream's fused kernel."""
-    found = {side: [cases[f"vs-{side}-{name}", metric]["upstream"] for name in names] for side in ("copies", "jit")}
-    return found | {"ours": [cases[f"vs-jit-{name}", metric]["ours"] for name in names]}
+def load(what: str) -> dict:
+    return json.loads((HERE / f"results/{what}-{RELEASE}.json").read_text())
 
 
-def draw(axes, x, found: dict, title: str, xlabel: str, ylabel: str) -> None:
-    for side, values in found.items():
-        label, color = SIDES[side]
-        axes.plot(range(len(x)), values, "o-", label=label, color=color)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log", xticks=range(len(x)), xticklabels=x)
+def draw_host(axes, cases: list[dict]) -> None:
+    found = {case["name"]: case for case in cases if case["metric"] == "host_us"}
+    for side, (name, color) in SIDES.items():
+        for kind, (label, marker) in KINDS.items():
+            values = [found[f"{kind}-n4-bs{bs}-len512"][side] for bs in BATCHES]
+            axes.plot(range(len(BATCHES)), values, marker + "-", color=color, label=f"{label}, {name}")
+    axes.set(title="Host time of one refresh, 4 draft steps, 512 tokens", xlabel="batch", ylabel="us", yscale="log")
+    axes.set(ylim=(4, 20000), xticks=range(len(BATCHES)), xticklabels=BATCHES)
     axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, ncols=2, fontsize=7, loc="upper left")
+
+
+def draw_steps(axes, cases: list[dict]) -> None:
+    steps = sorted((case for case in cases if case["metric"] == "step_ms"), key=lambda case: case["name"])
+    for offset, (side, (name, color)) in zip((-0.2, 0.2), SIDES.items()):
+        values = [case[side] for case in steps]
+        low, high = ([abs(case["spread"][side][at] - case[side]) for case in steps] for at in (0, 1))
+        places = [at + offset for at in range(len(steps))]
+        axes.barh(places, values, 0.38, xerr=(low, high), color=color, label=name, error_kw={"elinewidth": 0.8})
+    axes.set(title="One speculative step in a server", xlabel="ms, median, 10th to 90th percentile")
+    axes.set_yticks(range(len(steps)), [case["name"] for case in steps], fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=7, loc="upper right")
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text())
-    cases = {(case["name"], case["metric"]): case for case in results["cases"]}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    host = series(cases, "host_us", [f"d{n}-bs4-len512" for n in DESTINATIONS])
-    draw(left, DESTINATIONS, host, "Host time, batch 4, 512 tokens", "step backends", "us per copy")
-    gpu = series(cases, "gpu_us", [f"d3-bs{bs}-len163840" for bs in BATCHES])
-    del gpu["copies"]  # small ones wait for the host
-    draw(right, BATCHES, gpu, "GPU time, 3 step backends, 163,840 tokens", "batch", "us per copy")
-    left.legend(frameon=False)
-    figure.suptitle(f"{results['gpu']}, sglang {results['sglang']}", fontsize=9, color="#5f6368")
+    replays, servers = load("replay"), load("server")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    draw_host(left, replays["cases"])
+    draw_steps(right, servers["cases"])
+    figure.suptitle(f"{servers['gpu']}, sglang {servers['sglang']}", fontsize=9, color="#5f6368")
     for kind in ("svg", "png"):
-        figure.savefig(HERE.parent / f"docs/copy.{kind}", dpi=110, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(HERE.parent / f"docs/gain.{kind}", dpi=110, metadata={"Date": None} if kind == "svg" else None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Callable, Optional
 
 import torch
@@ -36,6 +37,8 @@ class Classes:
 def draft(classes: Classes, side: str, pool, draft_steps: int, bs: int, length: int, flashmla: bool) -> Callable:
     multi = bare.multi_step_backend(classes.of[side], classes.release, "cuda", pool, draft_steps, [bs], flashmla)
     batch = bare.forward_batch(multi, list(range(1, bs + 1)), [length] * bs, bs)
+    if classes.release.out_graph:
+        return lambda: multi.init_forward_metadata_out_graph(batch)
     return lambda: multi.init_forward_metadata_replay_cuda_graph(batch, bs)
 
 
@@ -44,6 +47,9 @@ def verify(classes: Classes, side: str, pool, draft_steps: int, bs: int, length:
         classes.of[side][0], classes.module, classes.release, "cuda", pool, draft_steps + 1, "TARGET_VERIFY", [bs], flashmla
     )
     batch = bare.graph_batch(backend, classes.module, "TARGET_VERIFY", list(range(1, bs + 1)), [length] * bs, bs)
+    if classes.release.out_graph:
+        batch = SimpleNamespace(**batch, batch_size=bs)
+        return lambda: backend.init_forward_metadata_out_graph(batch)
     return lambda: backend.init_forward_metadata_replay_cuda_graph(**batch)
 
 

@@ -40,7 +40,7 @@ def demo(
     longest: Annotated[int, typer.Option(min=1, max=1 << 20, help="Longest request, in tokens.")] = 8192,
     flashmla: Annotated[bool, typer.Option(help="With FlashMLA's tile metadata, as for an fp8 cache.")] = False,
 ) -> None:
-    """Replay a draft loop on sglang's real classes, plugin off and on, without a model; compare and time both."""
+    """Refresh metadata on sglang's real classes, plugin off and on, without a model; compare and time both."""
     from sglang_nsa_fused.demo import run
     from sglang_nsa_fused.plugin import Unsupported
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from sglang_nsa_fused import reference
+from sglang_nsa_fused import reference, self_check
 
 
 class Engine(NamedTuple):
@@ -169,7 +169,9 @@ def select(device_type: str) -> Engine:
     reasons = []
     for name, copy_plan in candidates:
         try:
-            _self_check(copy_plan, device_type)
+            self_check.copy(copy_plan, device_type)
+            if name == "native":
+                self_check.generate(_native_generate_plan, device_type)
         except Exception as error:  # the reason is handed on: the caller warns, or ends the process
             reasons.append(f"{name}: {error}")
         else:
@@ -177,26 +179,3 @@ def select(device_type: str) -> Engine:
                 return Engine(name, copy_plan, "", _native_generate_plan, _native_draft_extend())
             return Engine(name, copy_plan, "; ".join(reasons))
     return Engine("reference", reference.copy_plan, "; ".join(reasons))
-
-
-def _self_check(copy_plan: Callable, device_type: str) -> None:
-    bs, columns, width = 3, 131, 150
-
-    def tensors(fill):
-        shapes = [bs, bs + 1, (bs, width), bs, bs, bs + 1, (bs, 4), bs + 1, (2, 8), (5, 2)]
-        return [fill(shape) for shape in shapes]
-
-    def numbers(shape):
-        return torch.randint(1, 1 << 30, shape if isinstance(shape, tuple) else (shape,), dtype=torch.int32).to(device_type)
-
-    def poison(shape):
-        return torch.full(shape if isinstance(shape, tuple) else (shape,), -7, dtype=torch.int32, device=device_type)
-
-    sources = tensors(numbers)
-    got, expected = [tensors(poison), tensors(poison)], [tensors(poison), tensors(poison)]
-    sizes = (bs, columns, columns, bs)
-    copy_plan(reference.DECODE, got)(*sources, *sizes)
-    reference.copy(reference.DECODE, sources, expected, *sizes)
-    for mine, right in zip(got, expected):
-        if not all(torch.equal(a, b) for a, b in zip(mine, right)):
-            raise RuntimeError("its self-check does not match the reference copy")

@@ -132,3 +132,13 @@ def test_an_engine_that_only_copies():
     case = make("cpu")
     with pytest.raises(ValueError, match="engine: expected one that generates"):
         ReplayPlan(DECODE, case.destinations, Engine("reference", reference.copy_plan), case.values)
+
+
+def test_a_length_vector_that_is_written_beside_itself(device):
+    """The captured cache_seqlens may be the source, but not another part of it."""
+    case = make(device, DECODE, length_dtype=torch.int32)
+    buffer = torch.full((8,), -7, dtype=torch.int32, device=device)
+    case.destinations[0][AT["cache_seqlens"]] = buffer[:3]
+    with pytest.raises(ValueError, match="seq_lens: expected memory that is not written, but it overlaps cache_seqlens_dst"):
+        case.plan().generate(buffer[1:4], *case.batch[1:])
+    assert bool((buffer == -7).all())

@@ -33,9 +33,30 @@ def test_chosen_on_cuda_where_the_library_is_missing(monkeypatch):
         if copy_plan is kernels._native_plan:
             raise RuntimeError("missing")
 
-    monkeypatch.setattr(kernels, "_self_check", fails)
+    monkeypatch.setattr(kernels.self_check, "copy", fails)
     kernels.select.cache_clear()
     engine = kernels.select("cuda")
     kernels.select.cache_clear()
     assert engine.name == "sgl_kernel" and engine.reason == "native: missing"
     assert tried == [kernels._native_plan, kernels._sgl_kernel_plan]
+
+
+def test_a_library_that_generates_wrongly_is_not_chosen(monkeypatch):
+    """As one that was built from other sources than the Python around it."""
+    right = kernels._native_generate_plan
+
+    def off_by_one(mode, values, destinations):
+        generate = right(mode, values, destinations)
+
+        def run(*args):
+            generate(*args)
+            destinations[0][3][-1] += 1
+
+        return run
+
+    monkeypatch.setattr(kernels, "_native_generate_plan", off_by_one)
+    kernels.select.cache_clear()
+    engine = kernels.select("cpu")
+    kernels.select.cache_clear()
+    assert engine.name == "reference"
+    assert "its self-check of the generation does not match the reference" in engine.reason
