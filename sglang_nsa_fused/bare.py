@@ -265,6 +265,8 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
             found[name] = getattr(metadata, name).clone()
     for name, page in (("page_table_1", 1), ("real_page_table", 64)):
         table = getattr(metadata, name)
+        if table is None:
+            continue
         live = torch.arange(table.shape[1], device=table.device) < ((lengths.view(-1, 1) + page - 1) // page)
         found[name] = torch.where(live, table[: len(lengths)], -1)
     if metadata.flashmla_metadata is not None:

@@ -45,7 +45,8 @@ class DraftExtend:
         self._same |= {"page_size": self._page_size, "max_seq_len_q": 1}
         self._nsa_cu_lens_q, self._nsa_extend_lens = (f"{release.names}_{n}" for n in ("cu_seqlens_q", "extend_seq_lens_list"))
         _, _, _, self._nsa_lens, self._expanded, self._nsa_cu_lens, _ = release.captured
-        self._has_indexer_lens = "indexer_seq_lens" in self._same
+        of_batch = {"indexer_seq_lens_cpu": "seq_lens_cpu", "indexer_seq_lens": "seq_lens"}  # not in every release
+        self._of_batch = [(name, of) for name, of in of_batch.items() if name in self._same]
         self._lens_2d = release.captured_lens_2d
         self._build_plan = getattr(backend, release.build_topk_v2_plan) if release.topk_v2_plan else None
         self._floor, self._v2_schedule = release.floor, release.v2_schedule
@@ -112,9 +113,8 @@ class DraftExtend:
         fields[self._nsa_cu_lens] = nsa_cu_lens
         fields[self._nsa_extend_lens] = extend_lens_cpu
         fields[self._expanded] = expanded
-        if self._has_indexer_lens:
-            fields["indexer_seq_lens_cpu"] = forward_batch.seq_lens_cpu
-            fields["indexer_seq_lens"] = forward_batch.seq_lens
+        for name, of in self._of_batch:
+            fields[name] = getattr(forward_batch, of)
         if self._lens_2d is not None and schedule is not None:
             fields[self._lens_2d] = expanded.view(-1, 1)
         if self._build_plan is not None:

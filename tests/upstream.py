@@ -36,7 +36,7 @@ class Upstream:
 
     def graphs(self, mode, draft_tokens, flashmla=False):
         """A step backend captured in this ForwardMode, off and on."""
-        width = LONGEST + draft_tokens + 1
+        width = LONGEST + (draft_tokens or 0) + 1
         table = torch.randperm(17 * width, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(17, width)
         args = (self.module, self.release, self.device, table.to(self.device), draft_tokens, mode, CAPTURE_BS, flashmla)
         return [bare.graph_backend(cls, *args) for cls in (self.classes[0], self.fused()[0])]

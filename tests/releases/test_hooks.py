@@ -85,11 +85,11 @@ def test_an_allowlist_without_it_keeps_it_out(load):
 
 
 def test_a_changed_sglang_is_left_alone(load):
-    rename = IMPORT + "\nimport sys; del sys.modules[release.module]._to_2d_context_lens"
+    rename = IMPORT + "\nimport sys; del getattr(sys.modules[release.module], release.backend)._compute_flashmla_metadata"
     result = load(CLASSES, before=rename, **{GATE: "1"})
     assert "WARNING sglang-nsa-fused: not active, sglang runs unchanged: sglang was changed" in result.stdout, result.stderr
     assert result.stdout.count("WARNING sglang-nsa-fused") == 1
-    assert "lacks _to_2d_context_lens; reinstall sglang" in result.stdout
+    assert f"lacks {RELEASE.backend}._compute_flashmla_metadata; reinstall sglang" in result.stdout
     assert f"\n{RELEASE.backend} {RELEASE.multi_step}\n" in result.stdout
 
     result = load(before=rename, **{GATE: "1", REQUIRED: "1"})

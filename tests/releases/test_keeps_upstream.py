@@ -1,0 +1,101 @@
+"""What differs on some GPUs and servers, and what the plugin leaves to upstream."""
+
+import pytest
+import torch
+from upstream import CAPTURE_BS, after, assert_equal_fields, batches
+
+from sglang_nsa_fused import backends, bare
+
+
+def replay_both(upstream, off, on, mode, live_rows, count=15):
+    for slots, lengths, bs in batches(count):
+        for backend in (off, on):
+            bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, mode, slots, lengths, bs))
+        live = live_rows(lengths + [1] * (bs - len(lengths)))
+        assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+
+
+@pytest.mark.parametrize("flashmla", [False, True])
+def test_blackwell_schedules_target_verify_by_request(upstream, flashmla):
+    if upstream.release.captured_lens_2d is None or upstream.device == "cuda":
+        pytest.skip("by row in this release" if upstream.device == "cpu" else "the schedule of another GPU")
+    with upstream.gpu(sm100=True):
+        off, on = upstream.graphs("TARGET_VERIFY", 4, flashmla)
+        assert off.decode_cuda_graph_metadata[8].paged_mqa_ctx_lens_2d.shape == (8, 4)
+        assert all(after(on._replays[bs]) == ["_refresh_schedule_by_request"] for bs in CAPTURE_BS)
+
+        def rows(lengths):
+            return torch.tensor([n + i for n in lengths for i in range(1, 5)])
+
+        replay_both(upstream, off, on, "TARGET_VERIFY", rows)
+
+
+def test_decode_without_speculation(upstream):
+    """From 0.5.15 on it has no wide page table and is upstream's."""
+    off, on = upstream.graphs("DECODE", None)
+    narrow = off.decode_cuda_graph_metadata[8].page_table_1 is None
+    assert all((on._replays[bs] is None) == narrow for bs in CAPTURE_BS)
+    replay_both(upstream, off, on, "DECODE", lambda lengths: torch.tensor(lengths, device=upstream.device))
+
+
+def test_a_replay_in_another_mode_than_captured_is_upstreams(upstream, monkeypatch):
+    if not upstream.release.out_graph:
+        pytest.skip("refused in this release")
+    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    seen = []
+    monkeypatch.setattr(upstream.classes[0], "_apply_cuda_graph_metadata", lambda *args, **kwargs: seen.append(args[5].name))
+    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "IDLE", [1], [5], 1))
+    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "TARGET_VERIFY", [1], [5], 1))
+    assert seen == ["IDLE"]
+
+
+def test_a_new_batch_size_is_captured_at_its_first_batch(upstream):
+    if not upstream.release.out_graph:
+        pytest.skip("refused in this release")
+    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    for lengths in ([5, 70, 2049], [6, 71, 2050]):
+        for backend in (off, on):
+            bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, "TARGET_VERIFY", [1, 2, 3], lengths, 3))
+    live = torch.tensor([n + i for n in lengths for i in range(1, 5)], device=upstream.device)
+    assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+    assert on._replays[3].generates
+
+
+def test_pooled_index_keys_are_upstreams(upstream, caplog):
+    if upstream.release.kpool is None:
+        pytest.skip("this release has none")
+    on = upstream.multi(upstream.fused(), 4)
+    hooks = type(on)._hooks
+    backends._refuse.cache_clear()
+    for backend in on.attn_backends:
+        setattr(backend, upstream.release.kpool, 2)
+    assert [hooks.capture(0, on.attn_backends, bs) for bs in CAPTURE_BS] == [None] * len(CAPTURE_BS)
+    assert hooks.draft_extend(on.attn_backends[0]) is None
+    assert caplog.text.count("an index with pooled keys keeps upstream's replays") == 1
+    on.init_cuda_graph_state(8, 8)
+    assert not on._share
+
+
+def test_a_sharded_cache_prepares_its_own_draft_extend(upstream):
+    if upstream.release.kv_shard_pool is None:
+        pytest.skip("this release has none")
+    off, on = upstream.graphs("DECODE", 4)
+    hooks = type(on)._hooks
+    assert hooks.draft_extend(on) is not None
+    setattr(on, upstream.release.kv_shard_pool, object())
+    assert hooks.draft_extend(on) is None
+
+
+def test_a_top_k_plan_that_is_not_refreshed_shows(upstream):
+    """The plan that the stand-in makes depends on every length, so that the other tests see a stale one."""
+    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    metadata = on.decode_cuda_graph_metadata[4]
+    if getattr(metadata, "topk_v2_plan", None) is None:
+        pytest.skip("this release has none")
+    before = metadata.topk_v2_plan.clone()
+    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "TARGET_VERIFY", [1, 2], [500, 700], 4))
+    assert not torch.equal(metadata.topk_v2_plan, before)
+    on._replays[4]._after.remove(on._replays[4]._refresh_topk_v2_plan)
+    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "TARGET_VERIFY", [1, 2], [501, 701], 4))
+    bare.replay_graph(off, bare.graph_batch(off, upstream.module, "TARGET_VERIFY", [1, 2], [501, 701], 4))
+    assert not torch.equal(metadata.topk_v2_plan, off.decode_cuda_graph_metadata[4].topk_v2_plan)
