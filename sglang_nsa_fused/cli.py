@@ -1,4 +1,4 @@
-"""Command line: doctor, demo."""
+"""Command line: doctor, demo, patch."""
 
 import json
 from typing import Annotated
@@ -50,3 +50,35 @@ def demo(
     except Unsupported as error:
         console.print(f"[red]{error}")
         raise typer.Exit(2) from error
+
+
+patch_app = typer.Typer(no_args_is_help=True, help="The plugin loader for sglang 0.5.7 to 0.5.10.post1, which have none.")
+app.add_typer(patch_app, name="patch")
+
+
+def _patch(action) -> None:
+    from sglang_nsa_fused.patch import Installed, Refused
+
+    try:
+        print(action(Installed()))
+    except Refused as refused:
+        typer.echo(str(refused), err=True)
+        raise typer.Exit(1) from refused
+
+
+@patch_app.command()
+def apply() -> None:
+    """Put the loader into the installed sglang's scheduler.py."""
+    _patch(lambda sglang: sglang.change(apply=True))
+
+
+@patch_app.command()
+def revert() -> None:
+    """Take it out again: the file is then sglang's, byte for byte."""
+    _patch(lambda sglang: sglang.change(apply=False))
+
+
+@patch_app.command()
+def status() -> None:
+    """Say which: loader (sglang's own), patched, unpatched or modified."""
+    _patch(lambda sglang: f"sglang {sglang.version}: {sglang.state()}")

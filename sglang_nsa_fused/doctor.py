@@ -4,8 +4,8 @@ import sys
 from importlib import metadata
 from typing import Callable, NamedTuple
 
-from sglang_nsa_fused import bare, kernels, plugin
-from sglang_nsa_fused.settings import ALLOWLIST, GATE, Settings
+from sglang_nsa_fused import bare, kernels, patch, plugin
+from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, Settings
 
 GROUP, NAME = "sglang.srt.plugins", "nsa_fused"
 
@@ -25,7 +25,7 @@ def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
     try:
         return True, check()
     except Exception as error:  # each check raises what to do; anything else is a finding too
-        expected = isinstance(error, (plugin.Unsupported, RuntimeError, ValueError))
+        expected = isinstance(error, (plugin.Unsupported, patch.Refused, RuntimeError, ValueError))
         return False, str(error) if expected else f"{type(error).__name__}: {error}"
 
 
@@ -60,6 +60,19 @@ def _entry_point() -> str:
         if entry.name == NAME:
             return f"{entry.name} -> {entry.value}"
     raise plugin.Unsupported(f"{NAME} is not among the entry points of {GROUP}; pip install sglang-nsa-fused")
+
+
+def _loader() -> str:
+    sglang = patch.Installed()
+    if sglang.has_loader:
+        return f"sglang {sglang.version} loads plugins"
+    if Settings.from_env().external:
+        return f"{EXTERNAL}={EXTERNAL_PACKAGE}"
+    if sglang.state() == "patched":
+        return f"{patch.TARGET} is patched to load plugins"
+    raise plugin.Unsupported(
+        f"sglang {sglang.version} loads no plugins; run sglang-nsa-fused patch apply, or export {EXTERNAL}={EXTERNAL_PACKAGE}"
+    )
 
 
 def _allowlist() -> str:
@@ -121,6 +134,7 @@ _CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("tvm-ffi", _tvm_ffi),
     ("sglang", _sglang),
     ("entry point", _entry_point),
+    ("loader", _loader),
     ("allowlist", _allowlist),
     ("gate", _gate),
     ("library", _library),

@@ -10,8 +10,11 @@ class Unsupported(Exception):
     """Why this installation keeps upstream's code; the text says what to do."""
 
 
-def activate() -> None:
-    """Called by sglang in each process that loads plugins; inert unless the gate is set."""
+def activate(direct: bool = False) -> None:
+    """Called in each process that loads plugins; inert unless the gate is set.
+
+    direct: not by sglang's loader, so that nobody would apply hooks.
+    """
     from sglang_nsa_fused.settings import REQUIRED, Settings
 
     required = False
@@ -19,7 +22,7 @@ def activate() -> None:
         settings = Settings.from_env()
         required = settings.required
         if settings.enabled:
-            install(settings)
+            install(settings, direct)
     except Exception as error:
         # At start-up a problem leaves upstream untouched; sglang would swallow it, so a required plugin must exit.
         finding = error if isinstance(error, (Unsupported, ValueError)) else f"{type(error).__name__}: {error}"
@@ -28,17 +31,32 @@ def activate() -> None:
         logger.warning("sglang-nsa-fused: not active, sglang runs unchanged: %s", finding)
 
 
-def install(settings) -> None:
-    """Replaces upstream's two classes through sglang's hook registry. Raises Unsupported."""
+def install(settings, direct: bool = False) -> None:
+    """Replaces upstream's two classes, through sglang's hook registry where it has one. Raises Unsupported."""
     release, version = find_release()
     module = import_backend(release)
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
+    names = release.backend, release.multi_step
+    if getattr(module, names[0]).__module__.startswith("sglang_nsa_fused"):
+        return  # loaded in two ways
     from sglang_nsa_fused.backends import subclasses
 
-    backend, multi_step = subclasses(release, module, version, settings)
-    HookRegistry.register(f"{release.module}.{release.backend}", backend, HookType.REPLACE)
-    HookRegistry.register(f"{release.module}.{release.multi_step}", multi_step, HookType.REPLACE)
+    registry = None if direct else _hook_registry()
+    for name, cls in zip(names, subclasses(release, module, version, settings)):
+        if registry is None:
+            # Whoever makes a backend imports the class from the module as late as that.
+            setattr(module, name, cls)
+        else:
+            registry.HookRegistry.register(f"{release.module}.{name}", cls, registry.HookType.REPLACE)
+
+
+def _hook_registry():
+    """None before sglang 0.5.11."""
+    import importlib
+
+    try:
+        return importlib.import_module("sglang.srt.plugins.hook_registry")
+    except ModuleNotFoundError:
+        return None
 
 
 def find_release():

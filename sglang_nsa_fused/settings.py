@@ -8,6 +8,8 @@ GATE = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
 GATE_DSA = "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA"  # its name from sglang 0.5.13 on
 REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
 ALLOWLIST = "SGLANG_PLUGINS"
+EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+EXTERNAL_PACKAGE = "sglang_nsa_fused.external"
 
 _TRUE = ("true", "1", "yes", "y")  # as sglang's EnvBool
 _FALSE = ("false", "0", "no", "n", "")
@@ -18,6 +20,7 @@ class Settings:
     enabled: bool  # either name of the gate is set to a true value
     required: bool  # what would be a warning ends the process
     allowlist: tuple[str, ...] | None  # the only plugins that sglang loads; None: all
+    external: bool = False  # sglang's model registry loads the plugin
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
@@ -27,6 +30,7 @@ class Settings:
             enabled=any([_flag(env, GATE), _flag(env, GATE_DSA)]),
             required=_flag(env, REQUIRED),
             allowlist=names or None,
+            external=env.get(EXTERNAL) == EXTERNAL_PACKAGE,
         )
 
 

@@ -1,7 +1,9 @@
-"""sglang's own loader with our installed entry point, each time in a process of its own."""
+"""Each way in which sglang comes to load the plugin, each time in a process of its own."""
 
+import ast
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +13,29 @@ import torch
 from forked import Parent
 
 from sglang_nsa_fused import plugin
+from sglang_nsa_fused.patch import TARGET, Installed
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
 
 RELEASE, VERSION = plugin.find_release()
 PLUGINS = Path(importlib.util.find_spec("sglang").origin).parent / "srt/plugins"  # found without an import
-pytestmark = pytest.mark.skipif(not PLUGINS.exists(), reason=f"sglang {VERSION} has no plugin loader")
+WAYS = {
+    "loader": "from sglang.srt.plugins import load_plugins; load_plugins()",
+    "patch": """
+import os, textwrap
+from sglang_nsa_fused.patch import Installed
+lines = textwrap.dedent(b"".join(Installed().patch().lines).decode())
+exec(lines, {"os": os, "logger": logging.getLogger("scheduler")})
+""",
+    "external": "import sglang_nsa_fused.external",
+}
+LOADER = "loader" if PLUGINS.exists() else "patch"
 LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 from sglang_nsa_fused import bare, plugin
 release, version = plugin.find_release()
 {before}
-from sglang.srt.plugins import load_plugins
-load_plugins()
+{load}
 module = sys.modules.get(release.module)
 print("backends imported:", "sglang_nsa_fused.backends" in sys.modules)
 """
@@ -36,14 +48,12 @@ IMPORT = "import torch; bare.import_upstream(release, 'cuda' if torch.cuda.is_av
 
 
 @pytest.fixture(scope="module")
-def load():
-    """load(*parts, before=IMPORT, **env) -> CompletedProcess of LOAD and then the parts."""
+def start():
+    """start(code, env) -> CompletedProcess"""
     imports = f"from sglang_nsa_fused import bare, plugin; release, version = plugin.find_release(); {IMPORT}"
     parent = None if torch.cuda.is_available() else Parent(imports)
 
-    def run(*parts: str, before: str = IMPORT, **env: str) -> subprocess.CompletedProcess:
-        code = LOAD.format(before=before) + "".join(parts)
-        env = {name: value for name, value in os.environ.items() if name not in (GATE, REQUIRED, ALLOWLIST)} | env
+    def run(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
         if parent is not None:
             return parent.run(code, env)
         return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
@@ -51,6 +61,21 @@ def load():
     yield run
     if parent is not None:
         parent.close()
+
+
+def loading(start, way):
+    """load(*parts, before=IMPORT, **env) -> CompletedProcess of LOAD and then the parts."""
+
+    def load(*parts: str, before: str = IMPORT, **env: str) -> subprocess.CompletedProcess:
+        env = {name: value for name, value in os.environ.items() if name not in (GATE, REQUIRED, ALLOWLIST)} | env
+        return start(LOAD.format(before=before, load=WAYS[way]) + "".join(parts), env)
+
+    return load
+
+
+@pytest.fixture(params=[LOADER, "external"])
+def load(start, request):
+    return loading(start, request.param)
 
 
 def test_replaces_both_classes(load):
@@ -79,8 +104,8 @@ def test_without_the_gate_nothing_is_replaced_or_imported(load):
         assert "backends imported: False" in result.stdout
 
 
-def test_an_allowlist_without_it_keeps_it_out(load):
-    result = load(CLASSES, **{GATE: "1", ALLOWLIST: "other"})
+def test_an_allowlist_without_it_keeps_it_out(start):
+    result = loading(start, LOADER)(CLASSES, **{GATE: "1", ALLOWLIST: "other"})
     assert "backends imported: False" in result.stdout, result.stderr
 
 
@@ -94,6 +119,23 @@ def test_a_changed_sglang_is_left_alone(load):
 
     result = load(before=rename, **{GATE: "1", REQUIRED: "1"})
     assert result.returncode == 1 and "sglang-nsa-fused: not active: sglang was changed" in result.stderr
+
+
+def test_the_loader_fits_the_real_scheduler(tmp_path):
+    sglang = Installed()
+    if sglang.has_loader:
+        pytest.skip("it has a loader")
+    (tmp_path / TARGET).parent.mkdir(parents=True)
+    original = sglang.file.read_bytes()
+    sglang.file = shutil.copy(sglang.file, tmp_path / TARGET)
+    sglang.change(apply=True)
+    assert sglang.state() == "patched"
+    patched = sglang.file.read_bytes()
+    compile(patched, TARGET, "exec")
+    (function,) = [node for node in ast.parse(patched).body if getattr(node, "name", "") == "run_scheduler_process"]
+    assert ast.unparse(function.body[0]) == "from importlib.metadata import entry_points"
+    sglang.change(apply=False)
+    assert sglang.file.read_bytes() == original
 
 
 def test_one_line_says_that_it_is_active(load):

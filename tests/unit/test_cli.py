@@ -6,7 +6,9 @@ from typer.testing import CliRunner
 from sglang_nsa_fused.cli import app
 from sglang_nsa_fused.settings import ALLOWLIST, GATE
 
-CHECKS = ["Python", "torch", "tvm-ffi", "sglang", "entry point", "allowlist", "gate", "library", "GPU", "upstream names"]
+CHECKS = [
+    "Python", "torch", "tvm-ffi", "sglang", "entry point", "loader", "allowlist", "gate", "library", "GPU", "upstream names",
+]  # fmt: skip
 
 
 def doctor(**env):
