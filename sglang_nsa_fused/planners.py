@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from types import ModuleType
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 

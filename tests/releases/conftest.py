@@ -1,14 +1,6 @@
-import importlib.metadata
-from pathlib import Path
-
 import pytest
 import torch
 from upstream import Upstream
-
-from sglang_nsa_fused import releases
-
-# Tests of upstream's classes by themselves; the others need a release that the plugin supports.
-UPSTREAM = "test_upstream_classes.py"
 
 
 @pytest.fixture
@@ -30,11 +22,3 @@ def deep_gemm(upstream):
     import deep_gemm
 
     return deep_gemm
-
-
-def pytest_collection_modifyitems(items) -> None:
-    version = importlib.metadata.version("sglang")
-    if releases.find(version) is None:
-        for item in items:
-            if item.path.parent == Path(__file__).parent and item.path.name != UPSTREAM:
-                item.add_marker(pytest.mark.skip(reason=f"unsupported: sglang {version}"))

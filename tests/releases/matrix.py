@@ -1,6 +1,6 @@
 """Runs tests/releases once for each sglang release, in a process of its own, with that release's wheel in front.
 
-    python tests/releases/matrix.py [--strict] [release ...]
+    python tests/releases/matrix.py [--all] [release ...]
 
 Wheels are fetched once and kept unpacked in $SGLANG_NSA_FUSED_WHEELS (~/.cache/sglang-nsa-fused/wheels).
 """
@@ -26,10 +26,8 @@ from rich.table import Table
 from sglang_nsa_fused import releases
 
 ROOT = Path(__file__).parents[2]
-RELEASES = (
-    "0.5.7", "0.5.8.post1", "0.5.9", "0.5.10.post1", "0.5.11", "0.5.12.post1", "0.5.13.post1", "0.5.14",
-    "0.5.15.post1", "0.5.16", "0.5.17", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23",
-)  # fmt: skip
+ALL = tuple(version for release in releases.RELEASES for version in release.versions)
+NEIGHBOURS = {"0.5.8", "0.5.10", "0.5.12", "0.5.13", "0.5.15", "0.5.18"}  # have what the next one has
 FIRST_FOR_PYTHON_3_11 = "0.5.22"
 PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"  # from 0.5.11 wheels are for one version of CPython
 
@@ -44,8 +42,9 @@ class Result(NamedTuple):
     finding: str = ""  # why there is no result
     log: str = ""
 
-    def failure(self, strict: bool) -> bool:
-        return bool(self.finding or self.failed or not self.passed or (strict and releases.find(self.release) is None))
+    @property
+    def ok(self) -> bool:
+        return bool(self.passed and not self.failed and not self.finding)
 
 
 def number(release: str) -> tuple[int, ...]:
@@ -132,11 +131,12 @@ def run(release: str, timeout: float) -> Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("release", nargs="*", default=RELEASES)
-    parser.add_argument("--strict", action="store_true", help="a release that the plugin does not support is a failure")
+    parser.add_argument("release", nargs="*")
+    parser.add_argument("--all", action="store_true", help="with the releases that have the same code as the next one")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of one release")
     args = parser.parse_args()
+    args.release = args.release or [release for release in ALL if args.all or release not in NEIGHBOURS]
 
     console = Console()
     start = time.monotonic()
@@ -144,23 +144,19 @@ def main() -> int:
         runs = [pool.submit(run, release, args.timeout) for release in args.release]
         for done in concurrent.futures.as_completed(runs):
             result = done.result()
-            failed = result.failure(args.strict)
-            console.print(f"sglang {result.release}: {'FAILED' if failed else 'passed'}, {result.seconds:.0f} s")
-            if failed and result.log:
+            console.print(f"sglang {result.release}: {'passed' if result.ok else 'FAILED'}, {result.seconds:.0f} s")
+            if not result.ok and result.log:
                 console.print(result.log, markup=False, highlight=False, soft_wrap=True)
 
     table = Table("release", "names", "passed", "failed", "skipped", "seconds", "")
-    failures = 0
-    for result in (done.result() for done in runs):
-        failed = result.failure(args.strict)
-        failures += failed
-        note = result.finding or ("" if releases.find(result.release) else "unsupported")
+    results = [done.result() for done in runs]
+    for result in results:
         numbers = (str(n) for n in (result.passed, result.failed, result.skipped, round(result.seconds)))
-        table.add_row(result.release, result.names, *numbers, note, style="red" if failed else None)
+        table.add_row(result.release, result.names, *numbers, result.finding, style=None if result.ok else "red")
     console.print(table)
-    passed = len(runs) - failures
-    console.print(f"{passed} of {len(runs)} releases passed in {time.monotonic() - start:.0f} s")
-    return 1 if failures else 0
+    passed = sum(result.ok for result in results)
+    console.print(f"{passed} of {len(results)} releases passed in {time.monotonic() - start:.0f} s")
+    return int(passed < len(results))
 
 
 if __name__ == "__main__":

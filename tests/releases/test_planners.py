@@ -1,6 +1,5 @@
 """Our schedule and FlashMLA's constants stand in for the installed planners only while they give the same."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch

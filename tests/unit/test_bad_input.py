@@ -10,6 +10,7 @@ from cases import make
 from sglang_nsa_fused import ReplayPlan, fused_metadata_copy_cuda, fused_metadata_copy_multi_cuda
 from sglang_nsa_fused.reference import DECODE, TARGET_VERIFY
 
+
 @pytest.mark.parametrize("mode, spoil, error, text", BAD, ids=[f"{i}-{row[3][:40]}" for i, row in enumerate(BAD)])
 def test_refused_with_nothing_written(device, mode, spoil, error, text):
     case = make(device, mode, bs=3, columns=65, flashmla=True)
