@@ -14,8 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.timing import copy_rate, gpu_us, host_us, launches
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
+from sglang_nsa_fused.bench.timing import copy_rate, gpu_us, host_us, launches
 from sglang_nsa_fused.settings import Settings
 
 WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens

@@ -15,8 +15,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.timing import copy_rate, gpu_busy_us, host_us_each, launches, syncs
 from sglang_nsa_fused import backends, bare, plugin
+from sglang_nsa_fused.bench.timing import copy_rate, gpu_busy_us, host_us_each, launches, syncs
 from sglang_nsa_fused.settings import Settings
 
 CONTEXT = 163_840

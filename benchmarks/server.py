@@ -9,52 +9,35 @@ the same.
 """
 
 import argparse
-import contextlib
 import hashlib
-import http.client
 import itertools
 import json
-import os
 import random
 import re
 import shlex
-import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from sglang_nsa_fused import releases
+from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
+
 HERE = Path(__file__).resolve().parent
-HOST = "127.0.0.1"
 UPSTREAM, OURS = SIDES = ("upstream", "ours")
-PLUGINS = {UPSTREAM: "server_probe", OURS: "nsa_fused,server_probe"}
-BACKENDS = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}  # NSA backend, cache dtype
 # What the probe times: kind -> (metric, what the case's name gets).
 KINDS = {
     "draft": ("host_us", "-draft"), "verify": ("host_us", "-verify"), "extend": ("host_us", "-extend"),
     "draft graph": ("gpu_draft_us", ""),
 }  # fmt: skip
-REQUEST_SECONDS = 300
 SETTLE_SECONDS = 1.5  # the probe writes each half second
-GATES = ("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA", "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA")
-REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
-PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
-FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
-
-console = Console(width=150, highlight=False, markup=False)
-
-
-class Failed(Exception):
-    """Why a configuration was not measured, or what it showed to be wrong."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +48,6 @@ class Configuration:
     @property
     def name(self) -> str:
         return f"n{self.draft_steps}-{self.cache}"
-
-    def flags(self) -> list:
-        backend, dtype = BACKENDS[self.cache]
-        return [
-            *("--speculative-num-steps", self.draft_steps, "--speculative-num-draft-tokens", self.draft_steps + 1),
-            *("--nsa-prefill-backend", backend, "--nsa-decode-backend", backend, "--kv-cache-dtype", dtype),
-        ]
 
 
 @dataclass(frozen=True)
@@ -88,48 +64,24 @@ class Run:
         return (self.end - self.start) / self.steps / 1e6
 
 
-class Server:
+class Server(servers.Server):
     def __init__(self, side: str, configuration: Configuration, index: int, args):
-        self.side, self.port, self.process, self.ready_seconds = side, args.port + 2 * index, None, None
-        stem = f"{configuration.name}-{side}"
-        self.log, self.samples = args.log_dir / f"{stem}.log", args.log_dir / f"{stem}-samples.jsonl"
-        ports = ["--host", HOST, "--port", self.port, "--nccl-port", self.port + 1]
-        flags = [*common_flags(args), *configuration.flags(), *ports, *shlex.split(args.server_flags)]
-        self.command = [*shlex.split(args.server_command), *map(str, flags)]
-        self.env = environment(side, args.site, args.log_dir / "probe") | {"SERVER_PROBE_FILE": str(self.samples)}
+        name = f"{configuration.name}-{side}"
+        self.side, self.samples = side, args.log_dir / f"{name}-samples.jsonl"
+        env = servers.environment(side == OURS, args.site, args.log_dir / "probe") | {"SERVER_PROBE_FILE": str(self.samples)}
+        flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
+        flags += sizes(args) + shlex.split(args.server_flags)
+        super().__init__(name, args.port + 2 * index, flags, env, args.log_dir, args.server_command)
 
     def start(self) -> None:
         self.samples.write_text("")
-        with self.log.open("wb") as log, uninterrupted():
-            # Not in the working directory: a source tree of the plugin there would come first on sys.path.
-            self.process = subprocess.Popen(
-                self.command, env=self.env, cwd=self.log.parent, start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.started = time.monotonic()
-
-    def is_ready(self) -> bool:
-        """Raises Failed when the process has ended."""
-        if self.ready_seconds is None:
-            if self.process.poll() is not None:
-                raise Failed(f"{self.side}: the server ended with status {self.process.returncode}{self.tail()}")
-            with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
-                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
-                self.ready_seconds = round(time.monotonic() - self.started, 1)
-        return self.ready_seconds is not None
+        super().start()
 
     def generate(self, prompts: list, output_tokens: int) -> Run:
         params = {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
-        body = json.dumps({"input_ids": prompts, "sampling_params": params}).encode()
-        url, headers = f"http://{HOST}:{self.port}/generate", {"Content-Type": "application/json"}
-        try:
-            start = time.perf_counter_ns()
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=REQUEST_SECONDS) as reply:
-                content = reply.read()
-            end = time.perf_counter_ns()
-        except (OSError, http.client.HTTPException) as error:
-            raise Failed(f"{self.side}: no answer from the server: {error}{self.tail()}") from error
-        answers = json.loads(content)
+        start = time.perf_counter_ns()
+        answers = self.post("/generate", {"input_ids": prompts, "sampling_params": params})
+        end = time.perf_counter_ns()
         steps = max(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers)
         if not steps:
             raise Failed(f"{self.side}: no verify steps: the server does not decode speculatively")
@@ -158,143 +110,20 @@ class Server:
 
     def check_log(self) -> str:
         """The plugin's line, "" without the plugin. Raises Failed."""
-        log = self.log.read_text(errors="replace")
-        if found := FALLBACK_LINE.search(log):
-            raise Failed(f"{self.side}: the server fell back: {found[0]}")
-        lines = PLUGIN_LINE.findall(log)
-        active = [line for line in lines if "active" in line and "not active" not in line]
-        expected = int(self.side == OURS)  # there is one scheduler process
-        if len(active) != expected:
+        lines, expected = self.plugin_lines(), int(self.side == OURS)  # there is one scheduler process
+        if len(lines) != expected:
             raise Failed(f"{self.side}: expected {expected} line of an active plugin, got {lines}{self.tail()}")
-        return "".join(active)
-
-    def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-30:]
-        return f"\n--- {self.log}\n" + "\n".join(lines)
+        return "".join(lines)
 
 
-def common_flags(args) -> list:
+def sizes(args) -> list:
     tokens = args.max_total_tokens or max(65_536, *(2 * batch * (length + args.output_tokens + 256) for batch, length in args.case))
     return [
-        *("--model-path", HERE / "model", "--load-format", "dummy", "--skip-tokenizer-init", "--trust-remote-code"),
-        *("--context-length", args.context_length, "--max-total-tokens", tokens, "--random-seed", 0),
+        *("--model-path", servers.HERE / "model", "--context-length", args.context_length, "--max-total-tokens", tokens),
         # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
         *("--mem-fraction-static", args.mem_fraction),
-        *("--cuda-graph-max-bs", max(args.batch), "--max-running-requests", max(16, *args.batch)),
-        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", 1),
-        *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
-        *("--disable-custom-all-reduce", "--watchdog-timeout", 600),
+        *("--max-running-requests", max(16, *args.batch)),
     ]
-
-
-def environment(side: str, site: str, probe: Path) -> dict:
-    own = {name: value for name, value in os.environ.items() if name not in (*GATES, REQUIRED)}
-    path = [str(Path(entry).resolve()) for entry in (site or own.get("PYTHONPATH", "")).split(os.pathsep) if entry]
-    own |= {"PYTHONPATH": os.pathsep.join([str(probe), *path]), "PYTHONUNBUFFERED": "1", "SGLANG_PLUGINS": PLUGINS[side]}
-    own.setdefault("CUDA_HOME", "/usr/local/cuda")
-    # No dense attention for short prefills, which would need FlashAttention 3.
-    own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
-    return own | ({GATES[0]: "1", REQUIRED: "1"} if side == OURS else {})
-
-
-def write_probe(folder: Path) -> None:
-    """A distribution that importlib.metadata finds on PYTHONPATH."""
-    info = folder / "server_probe-1.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: server_probe\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nserver_probe = server_probe:activate\n")
-    shutil.copy(HERE / "server_probe.py", folder)
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Holds Ctrl-C and SIGTERM back to the end of the block. Child processes inherit no handler, as they would a mask."""
-    came = []
-    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def wait_ready(servers: list[Server], deadline: float) -> None:
-    while not all([server.is_ready() for server in servers]):
-        if time.monotonic() > deadline:
-            late = next(server for server in servers if server.ready_seconds is None)
-            raise Failed(f"{late.side}: the server was not ready in time{late.tail()}")
-        time.sleep(1)
-
-
-def start(servers: list[Server], args, deadline: float) -> None:
-    check_ports(servers)
-    for group in [servers] if args.start == "together" else [[server] for server in servers]:
-        for server in group:
-            server.start()
-        wait_ready(group, min(deadline, time.monotonic() + args.ready_seconds))
-
-
-def check_ports(servers: list[Server]) -> None:
-    for port in (port for server in servers for port in (server.port, server.port + 1)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise Failed(f"port {port} is taken: give another --port") from error
-
-
-def stop(servers: list[Server], memory_before: float) -> None:
-    started = [server.process for server in servers if server.process]
-    with uninterrupted():
-        for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
-            for pid in session_members(started):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            if wait(lambda: not session_members(started), seconds):
-                break
-        else:
-            console.print(f"servers that cannot be stopped: {session_members(started)}")
-        if started and not wait(lambda: gpu_memory_mib() < memory_before + 1024, 60):
-            console.print("the GPU's memory is still in use after the servers were stopped")
-
-
-def session_members(leaders: list[subprocess.Popen]) -> list[int]:
-    """Ids of the live processes that these started; children may outlive their leader."""
-    for leader in leaders:
-        leader.poll()
-    sessions, members = {leader.pid for leader in leaders}, []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state not in "ZX":
-                members.append(int(stat.parent.name))
-    return members
-
-
-def wait(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def gpu_memory_mib() -> float:
-    """In use on the GPU by all processes; 0 where nvidia-smi is missing."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return 0
 
 
 def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, Run]]:
@@ -413,16 +242,16 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
         configuration: [Server(side, configuration, 2 * number + index, args) for index, side in enumerate(SIDES)]
         for number, configuration in enumerate(configurations)
     }
-    servers = [server for pair in pairs.values() for server in pair]
+    up = [server for pair in pairs.values() for server in pair]
     try:
-        start(servers, args, deadline)
+        servers.start(up, min(deadline - time.monotonic(), args.ready_seconds), args.start == "together")
         for configuration, pair in pairs.items():
             problems += measure_one(configuration, pair, results, args, deadline)
     except Failed as error:
         problems.append(f"{', '.join(one.name for one in configurations)}: {error}")
         console.print(problems[-1])
     finally:
-        stop(servers, memory_before)
+        servers.stop(up, memory_before)
     return problems
 
 
@@ -456,7 +285,7 @@ def machine(args) -> dict:
         "import json, torch; from importlib.metadata import version; cuda = torch.cuda.is_available();"
         "print(json.dumps([torch.cuda.get_device_name() if cuda else 'no GPU', version('sglang'), torch.__version__]))"
     )
-    env = environment(UPSTREAM, args.site, args.log_dir / "probe")
+    env = servers.environment(False, args.site)
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=args.log_dir, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit("no torch and sglang to measure: give their folders as --site")
@@ -485,7 +314,7 @@ def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--draft-steps", type=int, nargs="+", default=[3, 4], metavar="N", help="--speculative-num-steps of the servers")
-    add("--cache", nargs="+", choices=BACKENDS, default=["bf16"], help="KV cache and with it the attention backends")
+    add("--cache", nargs="+", choices=CACHES, default=["bf16"], help="KV cache and with it the attention backends")
     add("--batch", type=int, nargs="+", default=[1, 8], help="requests at a time")
     add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")
     add("--case", type=batch_and_length, nargs="+", metavar="BATCHxLEN", help="instead of all of --batch with all of --len")
@@ -504,7 +333,7 @@ def parse(argv) -> argparse.Namespace:
     add("--max-total-tokens", type=int, help="size of each KV pool; from the cases unless given")
     add("--mem-fraction", type=float, default=0.9, help="--mem-fraction-static")
     add("--server-flags", default="", help="more flags for both servers, in one string")
-    add("--server-command", default=f"{shlex.quote(sys.executable)} -m sglang.launch_server", help=argparse.SUPPRESS)
+    add("--server-command", default=servers.COMMAND, help=argparse.SUPPRESS)
     add("--out", type=Path, help="result file; by default in results/")
     add("--log-dir", type=Path, help="for the servers' logs")
     add("--commit", help="project commit measured; from git unless given")
@@ -542,9 +371,10 @@ def main(argv=None) -> int:
     args = parse(argv)
     deadline = time.monotonic() + 60 * args.max_minutes
     for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
-        signal.signal(number, interrupt)
-    write_probe(args.log_dir / "probe")
+        signal.signal(number, servers.interrupt)
+    servers.write_probe(args.log_dir / "probe")
     head = {"schema": 1, "what": "server", **machine(args), "commit": args.commit or git_commit()}
+    args.release = releases.find(head["sglang"])
     results = Results(args.out or default_out(head), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
     problems = measure_all(results, args, deadline)

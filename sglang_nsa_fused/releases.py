@@ -50,6 +50,7 @@ class Release:
     spec_info: bool  # whether _precompute_replay_metadata takes it
     floor: int  # the least length of a row of a draft extend: padded rows have fewer tokens than they extend by
     draft_schedule: bool  # whether upstream refreshes the schedule for the draft steps
+    flags_by_phase: bool  # a server has --cuda-graph-max-bs-decode and --disable-prefill-cuda-graph
     signatures: dict[str, tuple[str, ...]]  # "Class.method" or "function" -> its parameters, for the check at start-up
 
 
@@ -162,6 +163,7 @@ NSA_0_5_7 = Release(
     spec_info=True,
     floor=-(1 << 31),
     draft_schedule=False,
+    flags_by_phase=False,
     signatures=_nsa_signatures(_REPLAY, {}),
 )  # fmt: skip
 NSA_0_5_11 = replace(NSA_0_5_7, versions=("0.5.11",), accepted="num_accepted_tokens", flashmla_heads="flashmla_kv_num_q_heads")
@@ -193,7 +195,13 @@ DSA_0_5_13 = replace(
     draft_extend=(),
     signatures=_dsa_signatures((*_PRECOMPUTE, "spec_info"), "l", {}),
 )
-DSA_0_5_14 = replace(DSA_0_5_13, versions=("0.5.14",), spec_info=False, signatures=_dsa_signatures(_PRECOMPUTE, "length", {}))
+DSA_0_5_14 = replace(
+    DSA_0_5_13,
+    versions=("0.5.14",),
+    spec_info=False,
+    flags_by_phase=True,
+    signatures=_dsa_signatures(_PRECOMPUTE, "length", {}),
+)
 _REFRESH = {
     "_refresh_paged_mqa_schedule_metadata": ("self", "metadata", "seqlens_32_2d"),
     "_refresh_topk_v2_plan": ("self", "metadata"),

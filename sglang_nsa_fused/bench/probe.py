@@ -1,4 +1,4 @@
-"""sglang plugin that server.py puts in both servers: times each refresh of metadata, upstream's or ours.
+"""sglang plugin that benchmarks put in both servers: times each refresh of metadata, upstream's or ours.
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
 clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host. Of kind
@@ -9,17 +9,14 @@ model corrects it.
 
 import collections
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import threading
 import time
 
-MODULE = "sglang.srt.layers.attention.nsa_backend"
-REPLAY = f"{MODULE}.NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph"
-GRAPH_REPLAY = f"{MODULE}.NativeSparseAttnBackend.init_forward_metadata_replay_cuda_graph"
-EAGER = f"{MODULE}.NativeSparseAttnBackend.init_forward_metadata"
-RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner"
+RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner"
 WEIGHTS = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 FILE = "SERVER_PROBE_FILE"
 PERIOD = 0.5  # seconds between writes
@@ -36,11 +33,24 @@ def activate() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(REPLAY, draft_replay, HookType.AROUND)
-    HookRegistry.register(GRAPH_REPLAY, graph_replay, HookType.AROUND)
-    HookRegistry.register(EAGER, eager, HookType.AROUND)
-    HookRegistry.register(f"{RUNNER}._replay", draft_graph, HookType.AROUND)
-    HookRegistry.register(f"{RUNNER}.replay", drafts, HookType.AROUND)
+    from sglang_nsa_fused.plugin import find_release
+
+    release, _ = find_release()
+    step, multi_step = f"{release.module}.{release.backend}", f"{release.module}.{release.multi_step}"
+    around = {f"{step}.init_forward_metadata": eager}
+    if release.out_graph:
+        around |= {f"{multi_step}.init_forward_metadata_out_graph": draft_out_graph}
+        around |= {f"{step}.init_forward_metadata_out_graph": out_graph}
+    else:
+        around |= {f"{multi_step}.init_forward_metadata_replay_cuda_graph": draft_replay}
+        around |= {f"{step}.init_forward_metadata_replay_cuda_graph": graph_replay}
+    runner = f"{RUNNER}.EAGLEDraftCudaGraphRunner"
+    if hasattr(importlib.import_module(RUNNER).EAGLEDraftCudaGraphRunner, "execute"):
+        around |= {f"{runner}._replay_graph": draft_graph, f"{runner}.execute": drafts}
+    else:  # up to 0.5.13
+        around |= {f"{runner}._replay": draft_graph, f"{runner}.replay": drafts}
+    for target, hook in around.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
     HookRegistry.register(WEIGHTS, random_weights, HookType.REPLACE)
 
 
@@ -70,10 +80,25 @@ def draft_replay(replay, backend, forward_batch, bs):
     return timed("draft", bs, replay, backend, forward_batch, bs)
 
 
+def draft_out_graph(init, backend, forward_batch, in_capture=False):
+    if in_capture:
+        return init(backend, forward_batch, in_capture=True)
+    return timed("draft", forward_batch.batch_size, init, backend, forward_batch)
+
+
 def graph_replay(replay, backend, bs, *args, **kwargs):
     forward_mode = kwargs["forward_mode"] if "forward_mode" in kwargs else args[4]
-    kind = "verify" if forward_mode.is_target_verify() else "extend" if forward_mode.is_draft_extend(True) else "decode"
-    return timed(kind, bs, replay, backend, bs, *args, **kwargs)
+    return timed(kind_of(forward_mode), bs, replay, backend, bs, *args, **kwargs)
+
+
+def out_graph(init, backend, forward_batch, in_capture=False):
+    if in_capture:
+        return init(backend, forward_batch, in_capture=True)
+    return timed(kind_of(forward_batch.forward_mode), forward_batch.batch_size, init, backend, forward_batch)
+
+
+def kind_of(forward_mode) -> str:
+    return "verify" if forward_mode.is_target_verify() else "extend" if forward_mode.is_draft_extend(True) else "decode"
 
 
 def eager(init, backend, forward_batch):
@@ -85,12 +110,13 @@ def eager(init, backend, forward_batch):
 def draft_graph(replay, runner, *args, **kwargs):
     import torch
 
+    bs = args[0].size if args and hasattr(args[0], "size") else runner.bs  # a ShapeKey from 0.5.14 on
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     at = time.perf_counter_ns()
     events[0].record()
     result = replay(runner, *args, **kwargs)
     events[1].record()
-    _graphs.append((at, runner.bs, *events))
+    _graphs.append((at, bs, *events))
     return result
 
 

@@ -1,0 +1,223 @@
+"""sglang servers as child processes: started, watched and stopped, with nothing left running."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+
+from sglang_nsa_fused.releases import Release
+from sglang_nsa_fused.settings import ALLOWLIST, GATE, GATE_DSA, REQUIRED
+
+HERE = Path(__file__).resolve().parent
+HOST = "127.0.0.1"
+COMMAND = f"{shlex.quote(sys.executable)} -m sglang.launch_server"
+# NSA (DSA) backend and cache dtype of each kind of cache.
+CACHES = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}
+REQUEST_SECONDS = 300
+PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
+FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
+
+console = Console(width=150, highlight=False, markup=False)
+
+
+class Failed(Exception):
+    """Why something was not measured, or what it showed to be wrong."""
+
+
+class Server:
+    """A server process on `port`; NCCL gets the next one.
+
+    name: of its log in `folder`, and of itself in errors. flags: besides the ports.
+    """
+
+    def __init__(self, name: str, port: int, flags: list, env: dict[str, str], folder: Path, command: str = COMMAND):
+        self.name, self.port, self.env = name, port, env
+        self.process, self.ready_seconds, self.log = None, None, folder / f"{name}.log"
+        ports = ["--host", HOST, "--port", port, "--nccl-port", port + 1]
+        self.command = [*shlex.split(command), *map(str, [*flags, *ports])]
+
+    def start(self) -> None:
+        with self.log.open("wb") as log, uninterrupted():
+            # Not in the working directory: a source tree of the plugin there would come first on sys.path.
+            self.process = subprocess.Popen(
+                self.command, env=self.env, cwd=self.log.parent, start_new_session=True, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.started = time.monotonic()
+
+    def is_ready(self) -> bool:
+        """Raises Failed when the process has ended."""
+        if self.ready_seconds is None:
+            if self.process.poll() is not None:
+                raise Failed(f"{self.name}: the server ended with status {self.process.returncode}{self.tail()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
+                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
+                self.ready_seconds = round(time.monotonic() - self.started, 1)
+        return self.ready_seconds is not None
+
+    def post(self, path: str, body: dict, seconds: float = REQUEST_SECONDS):
+        """The reply's JSON. Raises Failed."""
+        request = urllib.request.Request(
+            f"http://{HOST}:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                return json.load(reply)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Failed(f"{self.name}: no answer from the server: {error}{self.tail()}") from error
+
+    def plugin_lines(self) -> list[str]:
+        """The lines of an active plugin, one for each scheduler process. Raises Failed where a server fell back."""
+        log = self.log.read_text(errors="replace")
+        if found := FALLBACK_LINE.search(log):
+            raise Failed(f"{self.name}: the server fell back: {found[0]}")
+        return [line for line in PLUGIN_LINE.findall(log) if "active" in line and "not active" not in line]
+
+    def tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-30:]
+        return f"\n--- {self.log}\n" + "\n".join(lines)
+
+
+def flags(release: Release, draft_steps: int, cache: str, graph_bs: int) -> list:
+    """Of a server with EAGLE speculation on a model with random weights, that captures graphs up to a batch of graph_bs."""
+    (backend, dtype), names = CACHES[cache], release.names
+    return [
+        *("--load-format", "dummy", "--skip-tokenizer-init", "--trust-remote-code", "--random-seed", 0),
+        *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
+        *("--disable-custom-all-reduce", "--watchdog-timeout", 600),
+        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", 1),
+        *("--speculative-num-steps", draft_steps, "--speculative-num-draft-tokens", draft_steps + 1),
+        *(f"--{names}-prefill-backend", backend, f"--{names}-decode-backend", backend, "--kv-cache-dtype", dtype),
+        *("--cuda-graph-max-bs-decode" if release.flags_by_phase else "--cuda-graph-max-bs", graph_bs),
+        *(["--disable-prefill-cuda-graph"] if release.flags_by_phase else []),
+    ]
+
+
+def environment(plugin: bool, site: str = "", probe: Path | None = None) -> dict[str, str]:
+    """Of a server process. site: PYTHONPATH entries with sglang and the plugin; empty: this environment's.
+
+    probe: the folder that `write_probe` made, for a server whose refreshes are timed.
+    """
+    own = {name: value for name, value in os.environ.items() if name not in (GATE, GATE_DSA, REQUIRED)}
+    path = [str(Path(entry).resolve()) for entry in (site or own.get("PYTHONPATH", "")).split(os.pathsep) if entry]
+    plugins = ["nsa_fused"] * plugin + ["server_probe"] * (probe is not None)
+    path = [*([str(probe)] if probe else []), *path]
+    own |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", ALLOWLIST: ",".join(plugins) or "none"}  # where it is empty all are loaded
+    own.setdefault("CUDA_HOME", "/usr/local/cuda")
+    # No dense attention for short prefills, which would need FlashAttention 3.
+    own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
+    return own | ({GATE: "1", REQUIRED: "1"} if plugin else {})
+
+
+def write_probe(folder: Path) -> None:
+    """A distribution that importlib.metadata finds on PYTHONPATH."""
+    info = folder / "server_probe-1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: server_probe\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nserver_probe = server_probe:activate\n")
+    shutil.copy(HERE / "probe.py", folder / "server_probe.py")
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Holds Ctrl-C and SIGTERM back to the end of the block. Child processes inherit no handler, as they would a mask."""
+    came = []
+    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def wait_ready(servers: list[Server], deadline: float) -> None:
+    while not all([server.is_ready() for server in servers]):
+        if time.monotonic() > deadline:
+            late = next(server for server in servers if server.ready_seconds is None)
+            raise Failed(f"{late.name}: the server was not ready in time{late.tail()}")
+        time.sleep(1)
+
+
+def start(servers: list[Server], seconds: float, together: bool = True) -> None:
+    """Raises Failed, also where they are not ready after `seconds`."""
+    check_ports(servers)
+    deadline = time.monotonic() + seconds
+    for group in [servers] if together else [[server] for server in servers]:
+        for server in group:
+            server.start()
+        wait_ready(group, deadline)
+
+
+def check_ports(servers: list[Server]) -> None:
+    for port in (port for server in servers for port in (server.port, server.port + 1)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                raise Failed(f"port {port} is taken: give another --port") from error
+
+
+def stop(servers: list[Server], memory_before: float) -> None:
+    started = [server.process for server in servers if server.process]
+    with uninterrupted():
+        for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
+            for pid in session_members(started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if wait(lambda: not session_members(started), seconds):
+                break
+        else:
+            console.print(f"servers that cannot be stopped: {session_members(started)}")
+        if started and not wait(lambda: gpu_memory_mib() < memory_before + 1024, 60):
+            console.print("the GPU's memory is still in use after the servers were stopped")
+
+
+def session_members(leaders: list[subprocess.Popen]) -> list[int]:
+    """Ids of the live processes that these started; children may outlive their leader."""
+    for leader in leaders:
+        leader.poll()
+    sessions, members = {leader.pid for leader in leaders}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state not in "ZX":
+                members.append(int(stat.parent.name))
+    return members
+
+
+def wait(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def gpu_memory_mib() -> float:
+    """In use on the GPU by all processes; 0 where nvidia-smi is missing."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
