@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks.record import commit as project_commit
+from benchmarks.record import default_path
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
+from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.timing import copy_rate, gpu_us, host_us, launches
 from sglang_nsa_fused.settings import Settings
 
@@ -174,8 +176,8 @@ def main(
     for one in cases:
         if one["name"].startswith("copy-part"):
             console.print(f"{one['name']:45} {one['metric']:9} {one['upstream']:8.1f} {one['ours']:8.1f}")
-    path = out or record.default_path("copy")
-    record.write(path, "copy", cases, commit or record.commit(), copy_rate_gb_per_s=round(rate / 1e3))
+    path = out or default_path("copy", torch.cuda.get_device_name())
+    record.write(path, record.head("copy", commit or project_commit(), copy_rate_gb_per_s=round(rate / 1e3)), cases)
     console.print(f"device-to-device copy {rate / 1e3:.0f} GB/s; wrote {path}")
 
 

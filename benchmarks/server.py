@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import random
-import re
 import shlex
 import signal
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks import record
 from sglang_nsa_fused import releases
 from sglang_nsa_fused.bench import servers
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
@@ -292,19 +292,6 @@ def machine(args) -> dict:
     return dict(zip(("gpu", "sglang", "torch"), json.loads(done.stdout.splitlines()[-1])))
 
 
-def git_commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        raise SystemExit("not in a git repository: give --commit") from None
-
-
-def default_out(head: dict) -> Path:
-    gpu = re.search(r"[A-Z]+\d+", head["gpu"])
-    return HERE / "results" / f"server-{gpu[0].lower() if gpu else 'gpu'}-{head['sglang']}.json"
-
-
 def batch_and_length(text: str) -> tuple[int, int]:
     batch, length = text.split("x")
     return int(batch), int(length)
@@ -373,9 +360,9 @@ def main(argv=None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
         signal.signal(number, servers.interrupt)
     servers.write_probe(args.log_dir / "probe")
-    head = {"schema": 1, "what": "server", **machine(args), "commit": args.commit or git_commit()}
+    head = {"schema": 1, "what": "server", **machine(args), "commit": args.commit or record.commit()}
     args.release = releases.find(head["sglang"])
-    results = Results(args.out or default_out(head), head)
+    results = Results(args.out or record.default_path("server", head["gpu"], head["sglang"]), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
     problems = measure_all(results, args, deadline)
     if results.cases:

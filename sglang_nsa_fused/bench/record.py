@@ -1,0 +1,38 @@
+"""Result files: what was measured, on what, and of which commit."""
+
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+SIDES = UPSTREAM, OURS = "upstream", "ours"
+
+
+def case(name: str, metric: str, upstream: float, ours: float, samples: int, **more) -> dict:
+    """metric: one of host_us, gpu_us, launches, syncs, step_ms, gpu_draft_us, bytes."""
+    ratio = round(upstream / ours, 2) if ours else None
+    return {"name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3), "ratio": ratio,
+            "samples": samples, **more}  # fmt: skip
+
+
+def spread(values: list[float]) -> list[float]:
+    """Their 10th and 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
+    return [round(tenths[0], 3), round(tenths[-1], 3)]
+
+
+def head(what: str, commit: str | None, **more) -> dict:
+    """commit: of this project, None for an installed release of it."""
+    from sglang_nsa_fused import __version__
+
+    return {"schema": 1, "what": what, "gpu": torch.cuda.get_device_name(), "sglang": version("sglang"),
+            "torch": torch.__version__, "plugin": __version__, "commit": commit, **more}  # fmt: skip
+
+
+def write(path: Path, head: dict, cases: list[dict]) -> None:
+    """One case a line, so that a diff shows which moved."""
+    lines = ",\n".join("  " + json.dumps(one) for one in cases)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
