@@ -9,10 +9,9 @@ from cases import poisoned
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
+from sglang_nsa_fused.verify import NAMES
 
 MODES = (DECODE, TARGET_VERIFY, DRAFT_EXTEND)
-NAMES = ("cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
-         "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d")
 BOUNDARIES = (0, 1, 2, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049)
 
 
