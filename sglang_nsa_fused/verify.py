@@ -15,6 +15,7 @@ from sglang_nsa_fused.plan import Values
 NAMES = (
     "cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
     "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d",
+    "topk_v2_plan",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def verified(engine: Engine) -> Engine:
         parts = torch.split_with_sizes(workspace, [torch.Size(shape).numel() for shape in shapes])
         schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = map(torch.Tensor.view, parts, shapes)
         none = schedule if segment_len else None
-        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, none, None)
+        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, none, None, None)
         values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, row_floor=row_floor)
 
         def generate(*batch) -> None:

@@ -31,7 +31,9 @@ def test_a_wrong_generation_is_named(device, name):
     case = generated.make(device, reference.TARGET_VERIFY, num_dst=2)
     native, wrong = kernels.select(device), case.destinations[1][NAMES.index(name)]
     engine = native._replace(generate_plan=lambda *args: broken(native.generate_plan(*args), wrong))
-    with pytest.raises(RuntimeError, match=rf"{name} of step backend 1 differs from the reference in 1 of \d+ places, first at \["):
+    with pytest.raises(
+        RuntimeError, match=rf"{name} of step backend 1 differs from the reference in 1 of \d+ places, first at \["
+    ):
         verified(engine).generate_plan(case.mode, case.values, case.destinations)(*case.batch)
 
 
