@@ -155,7 +155,7 @@ def attributes(
             "token_to_kv_pool": None,
             "req_to_token_pool": types.SimpleNamespace(req_to_token=req_to_token),
         },
-        "0.5.15": {"use_fused_topk": True},
+        "0.5.15": {} if version == "0.5.15" else {"use_fused_topk": True},  # from 0.5.15.post1 on
         "0.5.17": {"dsa_topk_backend": topk_backend and topk_backend.SGL_KERNEL},
         "0.5.19": {"supports_mha_one_shot": True},
         "0.5.20": {
