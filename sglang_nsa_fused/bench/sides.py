@@ -1,7 +1,10 @@
 """The two sides of a comparison: servers that are started here, and running ones."""
 
+import http.client
 import json
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,16 @@ class Attached:
 
     def __init__(self, side: str, url: str):
         self.side, self.url = side, url
+
+    def version(self) -> str | None:
+        """Of its sglang; None where it does not say. Raises Failed where there is no server."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/get_server_info", timeout=30) as reply:
+                return json.load(reply).get("version")
+        except urllib.error.HTTPError:
+            return None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self.failure(error) from error
 
     def samples(self) -> list[dict]:
         return []
