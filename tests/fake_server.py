@@ -29,8 +29,14 @@ def say(*words) -> None:
     print(*words, flush=True)
 
 
+def call(what: str) -> None:
+    """Into the file that both sides share."""
+    with open(os.environ["FAKE_CALLS"], "a") as file:
+        file.write(what + "\n")
+
+
 def sample(**what) -> None:
-    if SAMPLES:
+    if SAMPLES and not os.environ.get("FAKE_NO_SAMPLES"):
         with open(SAMPLES, "a") as file:
             file.write(json.dumps({"at": time.perf_counter_ns(), **what}) + "\n")
 
@@ -57,6 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             say("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
             os._exit(9)
         request = json.loads(body)
+        call(SIDE)
+        if os.environ.get("FAKE_HANG") and answered > 6:
+            call("hang")
+            time.sleep(600)
         self.send_response(200)
         self.end_headers()
         total, prompt = request["sampling_params"]["max_new_tokens"], request["input_ids"]
@@ -70,12 +80,17 @@ class Handler(BaseHTTPRequestHandler):
             steps += end > 1
             for kind in ("draft", "verify", "extend", "draft graph"):
                 sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * steps)
-            meta = {"completion_tokens": end, "spec_verify_ct": steps, "finish_reason": {"type": "length"} if end == total else None}
+            meta = {
+                "completion_tokens": end,
+                "spec_verify_ct": steps,
+                "finish_reason": {"type": "length"} if end == total else None,
+            }
             self.wfile.write(b"data: " + json.dumps({"output_ids": ids[:end], "meta_info": meta}).encode() + b"\n\n")
         sample(peak_bytes=(5 << 30) + (ON << 20))
         self.wfile.write(b"data: [DONE]\n\n")
 
 
+call(f"start-{SIDE}")
 say("arguments", sys.argv[1:])
 say("environment", {name: os.environ.get(name) for name in os.environ if name.startswith("SGLANG_")})
 if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
@@ -83,7 +98,7 @@ if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
 if fake("DIE_EARLY"):
     say("ValueError: boom")
     sys.exit(3)
-if ON and not os.environ.get("FAKE_NO_LINE"):
+if os.environ.get("FAKE_LINE_TOO") or (ON and not os.environ.get("FAKE_NO_LINE")):
     say("[2026-01-01] sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y")
 if fake("FALLBACK"):
     say("Warning: fused metadata copy kernel not available, falling back to loop.")

@@ -3,15 +3,13 @@ are the same."""
 
 import statistics
 
-from scipy import stats
-
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.drive import Run
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 
 LEVEL = 0.05  # of p, below which a difference is called one
 LEAST_ROUNDS = 6  # with fewer no p is below it
-GAIN, LOSS, NONE = "gain", "loss", "no difference shown"
+GAIN, LOSS, NONE, FEW = "gain", "loss", "no difference shown", "too few rounds"
 # metric -> what it is, in a table. All but the first two are better when smaller.
 METRICS = {
     "tokens_per_s": "output tokens per second",
@@ -56,13 +54,15 @@ def percentile(ordered: list[float], part: float) -> float:
 
 def paired_p(upstream: list[float], ours: list[float]) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over the rounds, exact; 1 where no round differs."""
+    from scipy import stats  # takes most of a second
+
     differences = [one - other for one, other in zip(upstream, ours, strict=True) if one != other]
     return float(stats.wilcoxon(differences, method="exact").pvalue) if differences else 1.0
 
 
 def verdict(metric: str, upstream: list[float], ours: list[float], p: float) -> str:
     if p >= LEVEL:
-        return NONE
+        return NONE if len(upstream) >= LEAST_ROUNDS else FEW
     larger = statistics.median(one - other for one, other in zip(ours, upstream)) > 0
     return GAIN if larger == (metric in BETTER_LARGER) else LOSS
 

@@ -171,11 +171,11 @@ def machine(site: str = "") -> dict:
     """What servers will run on, asked in their environment: "gpu", None without one; "sglang" and "torch", their versions;
     "loader", whether that sglang loads plugins by itself. Raises Failed where torch or sglang is missing."""
     code = (
-        "import importlib.util, json, os, torch; from importlib.metadata import version; cuda = torch.cuda.is_available();"
-        "spec = importlib.util.find_spec('sglang'); folder = list(spec.submodule_search_locations)[0];"
+        "import importlib.metadata, importlib.util, json, os, torch; sglang = importlib.metadata.version('sglang');"
+        "folder = list(importlib.util.find_spec('sglang').submodule_search_locations)[0];"
         f"loader = os.path.exists(os.path.join(folder, {LOADER!r}));"
-        "gpu = torch.cuda.get_device_name() if cuda else None;"
-        "print(json.dumps([gpu, version('sglang'), torch.__version__, loader]))"
+        "gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None;"
+        "print(json.dumps([gpu, sglang, torch.__version__, loader]))"
     )
     # Not in the working directory: a folder of that name there would be taken for sglang.
     done = subprocess.run(

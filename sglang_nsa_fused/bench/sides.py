@@ -48,7 +48,9 @@ class Attached:
         pass
 
     def failure(self, error: Exception) -> Failed:
-        return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is the server up, and does it serve /generate?")
+        return Failed(
+            f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?"
+        )
 
 
 class Launched(servers.Server):
@@ -71,7 +73,9 @@ class Launched(servers.Server):
         """Raises Failed where the plugin's line does not agree with the side."""
         lines = self.plugin_lines()
         if self.side == OURS and not lines:
-            raise Failed(f"{self.name}: the plugin is not active: its line is not in the log; see `sglang-nsa-fused doctor`{self.tail()}")
+            raise Failed(
+                f"{self.name}: the plugin is not active: its line is not in the log; see `sglang-nsa-fused doctor`{self.tail()}"
+            )
         if self.side == UPSTREAM and lines:
             raise Failed(f"{self.name}: the plugin is active, and must not be: {lines[0]}{self.tail()}")
 
