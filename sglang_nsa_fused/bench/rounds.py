@@ -133,10 +133,10 @@ def one_at_a_time(start: Callable, options: Options, book: Book, step: Callable[
     for number in range(options.rounds):
         for side in order(number):
             server, memory_before = start(side, number), servers.gpu_memory_mib()
-            book.targets[number][side] = server
             try:
                 servers.start([server], options.ready_seconds)
                 server.check()
+                book.targets[number][side] = server
                 for case in options.cases:
                     for warmup in range(-options.warmup, 0):
                         ask(server, case, warmup, options)

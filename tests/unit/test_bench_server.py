@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -44,12 +45,10 @@ def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = 
 
 
 def free_port() -> int:
-    """The first of four free ones."""
+    """The first of four free ones, below those that outgoing connections get."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        if first < 65_000 and all(is_free(port) for port in range(first, first + 4)):
+        first = random.randrange(20_000, 32_000)
+        if all(is_free(port) for port in range(first, first + 4)):
             return first
 
 
@@ -140,11 +139,12 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
     for one in cases.values():
         samples = 1 if one["metric"] == "peak_mib" else 6
         assert one["samples"] == samples == len(one["rounds"]["upstream"]) == len(one["rounds"]["ours"])
-        assert one["ratio"] == pytest.approx(one["upstream"] / one["ours"], abs=2e-3)
+        assert one["ratio"] == pytest.approx(one["upstream"] / one["ours"], rel=1e-2)
     step, accepted = cases["bs1-len64", "step_ms"], cases["bs1-len64", "accept_length"]
-    assert step["upstream"] > step["ours"] and (step["verdict"], step["p"]) == ("gain", 0.03125)
+    assert step["upstream"] > step["ours"]
     assert (accepted["upstream"], accepted["ours"], accepted["verdict"]) == (9 / 4, 9 / 4, "no difference shown")
-    assert cases["bs1-len64-verify", "host_us"]["ours"] == 20
+    verify = cases["bs1-len64-verify", "host_us"]
+    assert (verify["ours"], verify["verdict"], verify["p"]) == (20, "gain", 0.03125)
     assert cases["server", "peak_mib"]["upstream"] == 5120 and cases["server", "peak_mib"]["ours"] == 5121
 
     for text in ("time per output token, ms", "inter-token latency p99, ms", "peak memory, MiB", "no difference shown"):
@@ -238,11 +238,12 @@ def test_out_of_memory_says_what_to_lower(bench):
     assert failure(result).startswith("FAILED on: out of memory: lower --mem-fraction, --layers,")
 
 
-def test_a_port_that_is_taken(bench):
+@pytest.mark.parametrize("mode", [[], ["--one-at-a-time"]])
+def test_a_port_that_is_taken(bench, mode):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", bench.port + 2))
         taken.listen()
-        result = bench()
+        result = bench(*mode)
     assert result.exit_code == 1
     assert failure(result) == f"FAILED port {bench.port + 2} is taken: give another --port"
 
