@@ -48,9 +48,7 @@ class Attached:
         pass
 
     def failure(self, error: Exception) -> Failed:
-        return Failed(
-            f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?"
-        )
+        return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?")
 
 
 class Launched(servers.Server):
@@ -81,7 +79,7 @@ class Launched(servers.Server):
 
     def failure(self, error: Exception) -> Failed:
         """Of a request; a server that died is named as such."""
-        if servers.wait(lambda: self.process.poll() is not None, 3):
+        if servers.wait(lambda: self.process.poll() is not None, 10):
             return self.ended()
         return Failed(f"{self.name}: a request failed: {said(error)}{self.tail()}")
 

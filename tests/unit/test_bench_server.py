@@ -408,3 +408,9 @@ def test_files_that_do_not_pair(bench, tmp_path, on, said):
     result = bench("--read-off", write_lines(tmp_path / "off.jsonl", [serving_result()]), "--read-on", tmp_path / "on.jsonl")
     assert result.exit_code == 1
     assert said in failure(result)
+
+
+def test_a_half_written_sample_waits_for_its_end(tmp_path):
+    server = sides.Setup(tmp_path, (), 30_000, loader=True, dense_prefill=False).server("ours", 2)
+    server.samples_file.write_text('{"at": 1}\n{"at": ')
+    assert server.name == "on-3" and server.samples() == [{"at": 1}]
