@@ -1,6 +1,7 @@
 // Reads arguments from Python through tvm-ffi, and says what is wrong with them.
 #pragma once
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
 #include <tvm/ffi/function.h>
@@ -9,6 +10,7 @@
 #include <string>
 
 #include "checks.h"
+#include "generate_params.h"
 
 namespace nsa_fused {
 
@@ -78,6 +80,26 @@ class Reader {
 
   std::optional<DLDevice> device_;
 };
+
+// threshold and most for each bucket, lowest first
+inline TopkBuckets read_topk_buckets(ffi::AnyView arg) {
+  const auto values = arg.try_cast<ffi::Array<int64_t>>();
+  if (!values) TVM_FFI_THROW(TypeError) << "topk_buckets: expected a tuple of integers, got " << arg.GetTypeKey();
+  const auto size = static_cast<int64_t>(values->size());
+  if (size % 2 || size > 2 * kMaxTopkBuckets)
+    refuse("topk_buckets: expected two integers for each of at most ", kMaxTopkBuckets, ", got ", size);
+  TopkBuckets buckets{};
+  int64_t last = -1;
+  for (int64_t b = 0; b < size / 2; ++b, ++buckets.size) {
+    const int64_t threshold = (*values)[2 * b], most = (*values)[2 * b + 1];
+    if (threshold <= last || threshold > INT32_MAX || most < 0 || most > INT32_MAX)
+      refuse("topk_buckets: expected rising thresholds and counts of rows up to ", INT32_MAX, ", got ", threshold, " and ",
+             most);
+    buckets.threshold[b] = static_cast<uint32_t>(last = threshold);
+    buckets.most[b] = static_cast<uint32_t>(most);
+  }
+  return buckets;
+}
 
 inline int64_t read_size(ffi::AnyView arg, const char* name) {
   const auto value = arg.try_cast<int64_t>();

@@ -37,6 +37,25 @@ void write_schedule(const std::vector<int32_t>& row_lens, uint32_t segment_len, 
   }
 }
 
+// Counts for each threshold on its own, from the highest down.
+void write_topk_plan(const std::vector<int32_t>& row_lens, const TopkBuckets& buckets, int32_t* plan) {
+  uint32_t threshold = buckets.threshold[buckets.size - 1];
+  for (int b = buckets.size - 1; b >= 0; --b) {
+    const auto longer = [&](int32_t len) { return static_cast<uint32_t>(len) > buckets.threshold[b]; };
+    if (static_cast<uint32_t>(std::count_if(row_lens.begin(), row_lens.end(), longer)) > buckets.most[b]) break;
+    threshold = buckets.threshold[b];
+  }
+  int32_t found = 0;
+  for (size_t row = 0; row < row_lens.size(); ++row) {
+    if (static_cast<uint32_t>(row_lens[row]) <= threshold) continue;
+    ++found;
+    plan[2 * found] = static_cast<int32_t>(row);
+    plan[2 * found + 1] = row_lens[row];
+  }
+  plan[0] = static_cast<int32_t>(threshold);
+  plan[1] = found;
+}
+
 }  // namespace
 
 void copy_cpu(const CopyParams<kMaxDestinations>& params) {
@@ -93,6 +112,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
       }
     }
     if (dst.field[kSchedule]) write_schedule(row_lens, p.segment_len, p.num_sms, dst.field[kSchedule]);
+    if (dst.field[kTopkPlan]) write_topk_plan(row_lens, p.topk_buckets, dst.field[kTopkPlan]);
     if (dst.field[kNumSplits]) std::copy_n(p.num_splits.src, p.num_splits.size, dst.field[kNumSplits]);
     if (dst.field[kTileMetadata]) std::copy_n(p.tile_metadata.src, p.tile_metadata.size, dst.field[kTileMetadata]);
   }

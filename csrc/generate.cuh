@@ -6,8 +6,9 @@
 
 #include <cub/block/block_scan.cuh>
 
-#include "generate_params.h"
+#include "lengths.cuh"
 #include "schedule.cuh"
+#include "topk_plan.cuh"
 
 namespace nsa_fused {
 
@@ -38,6 +39,7 @@ union Shared {
   using TableScan = cub::BlockScan<TableCounts, kGenerateThreads>;
   Scan::TempStorage scan;
   ScheduleShared<kGenerateThreads> schedule;
+  TopkPlanShared<kGenerateThreads> topk_plan;
   struct {
     TableScan::TempStorage scan;
     TableCounts end[kGenerateThreads];  // of each request of this round
@@ -58,12 +60,6 @@ struct Add {
 
 __device__ __forceinline__ void put(int32_t* dst, int64_t at, int32_t value) {
   if (dst) dst[at] = value;
-}
-
-// A row beyond the captured ones would be written to memory that is not the table's: as wrong as an index that
-// upstream's own indexing traps on.
-__device__ __forceinline__ void check(bool holds) {
-  if (!holds) __trap();
 }
 
 // One block for each destination: everything that has one element for each request or row.
@@ -261,6 +257,10 @@ __global__ void __launch_bounds__(kGenerateThreads, kBlocksPerSm)
   block -= p.num_dst;
   if (block < p.num_dst) return write_plans(p, p.dst[block], shared);
   block -= p.num_dst;
+  if (p.topk_buckets.size) {
+    if (block < p.num_dst) return write_topk_plan(p, p.dst[block], shared.topk_plan);
+    block -= p.num_dst;
+  }
   write_tables(p, block, shared);
 }
 
@@ -273,7 +273,7 @@ inline int table_blocks_for(int bs, int64_t cols, int num_sms) {
 
 template <int kCapacity>
 cudaError_t launch_generate(const GenerateParams<kCapacity>& params, cudaStream_t stream) {
-  const unsigned blocks = 2 * params.num_dst + params.table_blocks;
+  const unsigned blocks = (params.topk_buckets.size ? 3 : 2) * params.num_dst + params.table_blocks;
   void* args[] = {const_cast<GenerateParams<kCapacity>*>(&params)};
   return cudaLaunchKernel(reinterpret_cast<const void*>(generate_kernel<kCapacity>), blocks, kGenerateThreads, args, 0,
                           stream);

@@ -19,6 +19,14 @@ struct Constant {
   int32_t size;
 };
 
+// How sglang's top-k v2 shares rows out: its pool of clusters takes the rows longer than a threshold, the lowest whose
+// pool, and that of each threshold above it, would hold no more rows than `most`. Lowest first.
+constexpr int kMaxTopkBuckets = 8;
+struct TopkBuckets {
+  uint32_t threshold[kMaxTopkBuckets], most[kMaxTopkBuckets];
+  int32_t size;
+};
+
 // A request has rows_per_request rows, or extend_lens[i]. Its cache length is seq_lens[i] + cache_offset + len_offset;
 // the lengths of its rows count up to that, from row_floor where they would begin below it.
 template <int kCapacity>
@@ -37,6 +45,7 @@ struct GenerateParams {
   int32_t segment_len;  // tokens that DeepGEMM schedules as one
   int32_t num_sms;      // that it schedules for
   int32_t table_blocks;
+  TopkBuckets topk_buckets;  // of kTopkPlan; size 0: there is none
   Constant num_splits, tile_metadata;
   GenerateDst dst[kCapacity];
 };

@@ -14,6 +14,7 @@ struct GenerateSizes {
   int64_t nsa_index_topk, page_size;
   int64_t segment_len;        // 0: no schedule is written
   int64_t row_floor;          // of draft extend: the least length of a row
+  TopkBuckets topk_buckets;   // size 0: no plan of the top-k is written
 };
 
 struct Integers {
@@ -89,6 +90,7 @@ class GeneratePlan {
     p->nsa_index_topk = static_cast<int32_t>(sizes_.nsa_index_topk);
     while (int64_t{1} << p->page_shift < sizes_.page_size) ++p->page_shift;
     p->segment_len = static_cast<int32_t>(sizes_.segment_len);
+    p->topk_buckets = sizes_.topk_buckets;
     p->num_splits = {num_splits_.data, static_cast<int32_t>(num_splits_.cols)};
     p->tile_metadata = {tile_metadata_.data, static_cast<int32_t>(tile_metadata_.cols)};
     for (int d = 0; d < num_dst(); ++d) p->dst[d].len_offset = static_cast<int32_t>(dst_[d].len_offset);
@@ -145,6 +147,8 @@ class GeneratePlan {
       refuse(name(f, d), ": expected [num_sms + 1, 2], got ", view.cols, " elements");
     if (f == kSchedule && sizes_.segment_len == 0)
       refuse("segment_len: expected the tokens of a schedule's segment as ", name(f, d), " is given, got 0");
+    if (f == kTopkPlan && sizes_.topk_buckets.size == 0)
+      refuse("topk_buckets: expected thresholds as ", name(f, d), " is given, got none");
     // What step backends share is written once; so is what decode has under several names.
     for (int e = 0; e <= d; ++e)
       for (int g = 0; g < kNumGenerated; ++g) {
@@ -165,6 +169,7 @@ class GeneratePlan {
       case kNumSplits: return whole(num_splits_, f, d);
       case kTileMetadata: return whole(tile_metadata_, f, d);
       case kSchedule: return {true, nullptr, 1, 0};
+      case kTopkPlan: return {true, nullptr, 1, 2 * (n + 1)};
       default: return {true, nullptr, 1, n};
     }
   }

@@ -25,6 +25,7 @@ enum Field {
   kSchedule,         // [num_sms + 1, 2], DeepGEMM paged MQA logits, optional
   kNumFields,
   kContextLens2d = kNumFields,  // [n, 1], as DeepGEMM takes lengths; generated, never copied
+  kTopkPlan,                    // [n + 1, 2], of sglang's top-k v2; generated, never copied
   kNumGenerated
 };
 

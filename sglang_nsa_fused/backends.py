@@ -18,7 +18,8 @@ from sglang_nsa_fused.kernels import Engine, select
 from sglang_nsa_fused.planners import Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import Replay, mode_of
-from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.settings import VERIFY, Settings
+from sglang_nsa_fused.verify import verified
 
 logger = logging.getLogger("sglang_nsa_fused")
 
@@ -38,6 +39,9 @@ class Hooks:
         release, engine = self.release, select(device_type)
         if engine.name == "reference":
             self.refuse(f"no kernel for {device_type} ({engine.reason}); metadata is copied tensor by tensor")
+        if self._settings.verify:
+            engine = verified(engine)
+            logger.warning("sglang-nsa-fused: each replay is compared with the reference and waits for the GPU (%s)", VERIFY)
         device = torch.cuda.get_device_name() if device_type == "cuda" else device_type
         what = "generates" if engine.generate_plan else "copies"
         logger.info(

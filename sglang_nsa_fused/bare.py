@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_nsa_fused import stand_ins
+from sglang_nsa_fused import planners, stand_ins
 from sglang_nsa_fused.releases import Release
 
 
@@ -259,10 +259,14 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         f"{n}_cu_seqlens_k",
         "paged_mqa_schedule_metadata",
         "paged_mqa_ctx_lens_2d",
-        "topk_v2_plan",
     ):
         if getattr(metadata, name, None) is not None:
             found[name] = getattr(metadata, name).clone()
+    if getattr(metadata, "topk_v2_plan", None) is not None:
+        # Its rows come in any order, and behind them it is as the allocator had it; for few rows all of it, from 0.5.21 on.
+        head, *rows = metadata.topk_v2_plan.tolist()
+        if any(head[0] == threshold for buckets in planners.TOPK_BUCKETS for threshold, _ in buckets):
+            found["topk_v2_plan"] = torch.tensor([head, *sorted(rows[: head[1]])])
     for name, page in (("page_table_1", 1), ("real_page_table", 64)):
         table = getattr(metadata, name)
         if table is None:

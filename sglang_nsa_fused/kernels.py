@@ -122,6 +122,7 @@ def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Opt
         mode,
         *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size, values.segment_len),
         values.row_floor,
+        tuple(number for bucket in values.topk_buckets for number in bucket),
         *(values.req_to_token, values.num_splits, values.tile_metadata),
         *(
             argument

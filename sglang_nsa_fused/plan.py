@@ -21,6 +21,7 @@ class Values(NamedTuple):
     num_splits: Optional[torch.Tensor] = None  # int32 [rows + 1], FlashMLA's for this number of rows
     tile_metadata: Optional[torch.Tensor] = None  # int32 [num_sm_parts, 8]
     row_floor: int = -(1 << 31)  # of draft extend: the least length of a row
+    topk_buckets: tuple[tuple[int, int], ...] = ()  # (threshold, most rows) of sglang's top-k v2, rising; none: no plan of it
     len_offsets: tuple[int, ...] = ()  # added to the lengths of each destination; none: 0
 
 
@@ -30,7 +31,7 @@ class ReplayPlan:
     mode: 0 decode, 1 target verify, 2 draft extend.
     destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
         destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
-        [rows, 1], and any may be None. All on one device, each in its own memory; a tensor that several backends
+        [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory; a tensor that several backends
         share in the same place is written once. Kept alive by the plan.
     engine: what carries it out; None: the best for their device.
 
@@ -58,7 +59,7 @@ class ReplayPlan:
     ):
         if not 1 <= len(destinations) <= 16:
             raise ValueError(f"destinations: expected 1 to 16, got {len(destinations)}")
-        count = 10 if values is None else 11
+        count = 10 if values is None else 12
         for number, destination in enumerate(destinations):
             if len(destination) != count:
                 raise ValueError(

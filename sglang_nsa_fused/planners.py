@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from types import ModuleType
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 
@@ -20,6 +20,13 @@ logger = logging.getLogger("sglang_nsa_fused")
 
 SEGMENT_LENS = (256, 128, 512, 64, 1024)  # tokens that one SM takes at once: 256 on SM90; the rest for other kernels
 LONGEST = 1 << 18
+POISON = -7
+# Of the top-k v2, (threshold, most rows): up to 0.5.20, then Hopper's and Blackwell's.
+TOPK_BUCKETS = (
+    ((65536, 30), (98304, 48), (131072, 60), (196608, 80), (262144, 112), (393216, 128)),
+    ((65536, 30), (98304, 45), (131072, 60), (196608, 80), (262144, 112), (393216, 128)),
+    ((32768, 48), (131072, 66), (163840, 99), (196608, 132), (262144, 198), (393216, 231), (524288, 264)),
+)
 
 
 class Planners:
@@ -30,6 +37,7 @@ class Planners:
         self._engine = engine
         self._segment_lens: dict[int, int] = {}
         self._flashmla: dict[tuple, object] = {}
+        self._topk_buckets: dict[int, Optional[tuple]] = {}
         self._said: set[str] = set()
 
     @functools.cached_property
@@ -71,7 +79,7 @@ class Planners:
         schedule = torch.full_like(expected, -1)
         slots = torch.zeros(rows, dtype=torch.int64, device=device)
         values = Values(slots.int().view(1, -1), rows, rows, 1, 1, 64, segment_len)
-        plan = ReplayPlan(reference.DECODE, [(None,) * 9 + (schedule, None)], self._engine, values)
+        plan = ReplayPlan(reference.DECODE, [(None,) * 9 + (schedule, None, None)], self._engine, values)
         plan.generate(lengths, slots, None, rows)
         return torch.equal(schedule, expected)
 
@@ -91,6 +99,19 @@ class Planners:
         clamped = lengths.clamp(max=getattr(backend, self._release.index_topk))
         return backend._compute_flashmla_metadata(cache_seqlens=clamped, seq_len_q=1)
 
+    def topk_buckets(self, backend, rows: int) -> Optional[tuple]:
+        """The buckets with which our plan of the top-k is upstream's for so many rows; none of them where upstream leaves
+        the plan of so many rows unwritten, and reads none; None: use theirs."""
+        if rows not in self._topk_buckets:
+            build = getattr(backend, self._release.build_topk_v2_plan)
+            vectors = bucket_vectors(rows, backend.device)
+            expected = [(lengths.cpu(), _built_over_poison(build, lengths)) for lengths in vectors]
+            found = (b for b in ((), *TOPK_BUCKETS) if all(_same_topk_plan(b, *pair) for pair in expected))
+            self._topk_buckets[rows] = next(found, None)
+            if self._topk_buckets[rows] is None:
+                self._say("the plan of the top-k has a form that this plugin does not know; upstream's planner is called")
+        return self._topk_buckets[rows]
+
     def _say(self, finding: str) -> None:
         if finding not in self._said:
             self._said.add(finding)
@@ -102,6 +123,36 @@ def _same_plan(a, b) -> bool:
     return torch.equal(a.num_splits, b.num_splits) and torch.equal(
         a.flashmla_metadata[:, :5], b.flashmla_metadata[:, :5]
     )
+
+
+def _built_over_poison(build: Callable, lengths: torch.Tensor) -> torch.Tensor:
+    """The plan, on the host, in memory that the allocator has just got back full of POISON."""
+    poison = torch.full((len(lengths) + 1, 2), POISON, dtype=torch.int32, device=lengths.device)
+    del poison
+    return build(lengths).cpu()
+
+
+def _same_topk_plan(buckets: tuple, lengths: torch.Tensor, plan: torch.Tensor) -> bool:
+    """Whether upstream's plan, whose rows come in any order, is that of these buckets; of none: unwritten."""
+    if not buckets:
+        return bool((plan == POISON).all())
+    expected = reference.topk_v2_plan(lengths, buckets)
+    found = plan[: len(expected)].tolist()
+    return found[:1] == expected[:1].tolist() and sorted(found[1:]) == expected[1:].tolist()
+
+
+def bucket_vectors(rows: int, device: str) -> list[torch.Tensor]:
+    """int32 vectors [rows] at every threshold: with one longer row, as many as its bucket takes, one more, and all; and
+    mixed ones."""
+    generator = torch.Generator().manual_seed(rows)
+    vectors = []
+    for threshold, most in sorted({bucket for known in TOPK_BUCKETS for bucket in known}):
+        for count in sorted({min(count, rows) for count in (0, 1, most, most + 1, rows)}):
+            lengths = torch.full((rows,), threshold)
+            lengths[torch.randperm(rows, generator=generator)[:count]] += 1
+            vectors.append(lengths)
+    vectors += [(2 ** (torch.rand(rows, generator=generator) * 21)).long() for _ in range(8)]
+    return list(torch.stack(vectors).to(torch.int32).to(device))
 
 
 def length_vectors(rows: int, device: str) -> list[torch.Tensor]:

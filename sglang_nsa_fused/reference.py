@@ -58,7 +58,7 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
     nth = torch.arange(rows, device=device) - (counts.cumsum(0) - counts)[request]
     slots = req_pool_indices[:bs].long()[request]
     for offset, dst in zip(offsets, destinations):
-        lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d = dst
+        lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d, topk_plan = dst
         cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0) + offset).to(torch.int32)
         row_lens = (cache[request] - counts[request] + 1 + nth).to(torch.int32)
         if mode == DRAFT_EXTEND:
@@ -86,6 +86,26 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
             tiles.view(-1)[: values.tile_metadata.numel()] = values.tile_metadata.view(-1)
         if schedule is not None:
             schedule.copy_(paged_mqa_schedule(row_lens, values.segment_len, len(schedule) - 1))
+        if topk_plan is not None:
+            made = topk_v2_plan(row_lens, values.topk_buckets)
+            topk_plan.view(-1)[: made.numel()] = made.view(-1)
+
+
+def topk_v2_plan(lengths, buckets):
+    """The plan of sglang's top-k v2, int32 [1 + n, 2]: (threshold, n), then (row, length) of the n rows that are longer.
+
+    lengths: int32 [rows]. buckets: (threshold, most), rising; the threshold is the lowest that, as every one above it, no
+    more than `most` rows exceed, or the highest.
+    """
+    unsigned = lengths.long() & 0xFFFFFFFF  # as there
+    threshold = buckets[-1][0]
+    for candidate, most in reversed(buckets):
+        if int((unsigned > candidate).sum()) > most:
+            break
+        threshold = candidate
+    rows = (unsigned > threshold).nonzero().view(-1)
+    head = lengths.new_tensor([[threshold, len(rows)]])
+    return torch.cat([head, torch.stack([rows.to(lengths.dtype), lengths[rows]], 1)])
 
 
 def paged_mqa_schedule(lengths, segment_len, num_sms):

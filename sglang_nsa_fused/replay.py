@@ -92,7 +92,14 @@ class Replay:
         *tensors, num_splits, tile_metadata, schedule = zip(*destinations)
         none = (None,) * len(destinations)
         tensors += (num_splits, tile_metadata) if flashmla is not None else (none, none)
-        tensors += (schedule if segment_len else none, lens_2d)
+        topk_plans, buckets = none, ()
+        if self._refresh_topk_v2_plan in self._after:
+            buckets = self._planners.topk_buckets(backend, rows)
+            if buckets is not None:
+                self._after.remove(self._refresh_topk_v2_plan)
+            if buckets:
+                topk_plans = [getattr(m, release.topk_v2_plan) for m in self._metadatas]
+        tensors += (schedule if segment_len else none, lens_2d, topk_plans)
         values = Values(
             req_to_token=getattr(backend, release.req_to_token),
             bs=bs,
@@ -104,6 +111,7 @@ class Replay:
             num_splits=flashmla.num_splits if flashmla is not None else None,
             tile_metadata=flashmla.flashmla_metadata if flashmla is not None else None,
             row_floor=release.floor,
+            topk_buckets=buckets or (),
         )
         return ReplayPlan(self.mode, list(zip(*tensors)), engine, values).generate
 

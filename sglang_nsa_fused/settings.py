@@ -7,6 +7,7 @@ from dataclasses import dataclass
 GATE = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
 GATE_DSA = "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA"  # its name from sglang 0.5.13 on
 REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
+VERIFY = "SGLANG_NSA_FUSED_VERIFY"
 ALLOWLIST = "SGLANG_PLUGINS"
 EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 EXTERNAL_PACKAGE = "sglang_nsa_fused.external"
@@ -21,6 +22,7 @@ class Settings:
     required: bool  # what would be a warning ends the process
     allowlist: tuple[str, ...] | None  # the only plugins that sglang loads; None: all
     external: bool = False  # sglang's model registry loads the plugin
+    verify: bool = False  # each replay is compared with the reference
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
@@ -31,6 +33,7 @@ class Settings:
             required=_flag(env, REQUIRED),
             allowlist=names or None,
             external=env.get(EXTERNAL) == EXTERNAL_PACKAGE,
+            verify=_flag(env, VERIFY),
         )
 
 

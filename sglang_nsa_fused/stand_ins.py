@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sglang_nsa_fused import reference
+from sglang_nsa_fused import planners, reference
 
 # Packages that only a GPU machine has and that the import wants all the same.
 PACKAGES = {
@@ -302,11 +302,14 @@ def _write(destination: torch.Tensor, values: torch.Tensor) -> None:
     destination[: len(values)] = values
 
 
+TOPK_BUCKETS = planners.TOPK_BUCKETS[0]
+
+
 def plan_topk_v2(seq_lens: torch.Tensor, static_threshold: int = 0, *, out=None) -> torch.Tensor:
-    """Numbers of the plan's shape, int32 [bs + 1, 2], that depend on every length and on its place."""
+    """int32 [rows + 1, 2]; what upstream's leaves unwritten is -7."""
     assert seq_lens.dtype == torch.int32 and bool((seq_lens >= 0).all())
-    ranks = torch.arange(1, len(seq_lens) + 1, dtype=torch.int32)
-    plan = torch.stack([_cumulative(seq_lens * ranks), torch.nn.functional.pad(seq_lens, (0, 1), value=7)], 1)
+    plan = torch.full((len(seq_lens) + 1, 2), -7, dtype=torch.int32)
+    _write(plan, reference.topk_v2_plan(seq_lens, TOPK_BUCKETS))
     return plan if out is None else out.copy_(plan)
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_nsa_fused import reference
+from sglang_nsa_fused.verify import NAMES
 
 POISON = -7
 GUARD = 5  # elements before each destination: odd, so that nothing is aligned by chance
-NAMES = ("cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded",
-         "nsa_cu_seqlens_k", "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule")
 
 
 def poisoned(shape: tuple, device: str, pitch: int = 0, guard: int = GUARD) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,9 @@ from cases import poisoned
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
+from sglang_nsa_fused.verify import NAMES
 
 MODES = (DECODE, TARGET_VERIFY, DRAFT_EXTEND)
-NAMES = ("cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
-         "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d")
 BOUNDARIES = (0, 1, 2, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049)
 
 
@@ -77,6 +76,7 @@ def make(
     num_sms: int = 132,
     captured_bs: int = 0,
     row_floor: int = -(1 << 31),
+    topk_buckets: tuple[tuple[int, int], ...] = ((64, 2), (256, 4), (2048, 5)),
     lengths: Optional[list[int]] = None,
     seed: int = 0,
 ) -> Case:
@@ -97,7 +97,7 @@ def make(
     pool = torch.randint(-(2**31), 2**31, (2 * bs + 1, pool_width), generator=generator).to(torch.int32)
     slots = torch.randperm(2 * bs + 1, generator=generator)[:bs]
     shapes = [(captured_bs,), (captured_bs + 1,), (rows, width), (rows,), (rows,), (rows + 1,),
-              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1)]  # fmt: skip
+              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1), (rows + 1, 2)]  # fmt: skip
     pitches = {2: width + 5, 6: (width + 63) // 64 + 1}
     destinations, buffers = [], []
     for number in range(num_dst):
@@ -115,7 +115,8 @@ def make(
 
     values = Values(
         pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len,
-        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, len_offsets,
+        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, topk_buckets,
+        len_offsets,
     )  # fmt: skip
     batch = (
         seq_lens.to(length_dtype).to(device),

@@ -120,9 +120,11 @@ def test_a_draft_replay_is_one_launch(upstream, draft_steps, flashmla):
 
 
 @pytest.mark.parametrize("flashmla", [False, True])
-@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND"])
+@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND", "DRAFT_EXTEND_V2"])
 def test_a_graphs_replay_is_one_launch(upstream, mode, flashmla):
-    if mode == "DRAFT_EXTEND" and flashmla:
+    if mode.startswith("DRAFT_EXTEND") and mode not in upstream.release.draft_extend:
+        pytest.skip(f"sglang {upstream.version} captures no graph in this mode")
+    if mode.startswith("DRAFT_EXTEND") and flashmla and upstream.release.accepted is not None:
         pytest.skip("its FlashMLA plan needs the number of rows, which only the device knows: upstream's path")
     off, on = upstream.graphs(mode, 4, flashmla)
     for slots, lengths, bs in batches(4):
@@ -137,35 +139,35 @@ def test_a_graphs_replay_is_one_launch(upstream, mode, flashmla):
 @pytest.mark.parametrize("flashmla", [False, True])
 @pytest.mark.parametrize("mode", ["DRAFT_EXTEND", "DRAFT_EXTEND_V2"])
 def test_a_draft_extend_is_one_launch_and_one_allocation(upstream, mode, flashmla):
+    if not hasattr(upstream.module.ForwardMode, mode):
+        pytest.skip(f"sglang {upstream.version} has no such mode")
     off, on = upstream.graphs("DECODE", 4, flashmla)
     for slots, lengths, bs in batches(4):
         batch = bare.draft_extend_batch(on, upstream.module, mode, slots, [n + 4 for n in lengths])
         on.init_forward_metadata(batch)  # the planners are compared at the first batch of a size
         before = allocations()
         names = launched(lambda: on.init_forward_metadata(batch))
-        assert len(names) == 1 and "generate_kernel" in names[0], names
-        assert allocations() == before + 1
+        plan = upstream.release.topk_v2_plan is not None  # upstream's planner makes it, and for few rows not at all
+        assert 1 <= len(names) <= 1 + plan and "generate_kernel" in names[0], names
+        assert allocations() == before + 1 + plan
 
 
 def test_the_captured_schedule_is_deep_gemms_for_these_lengths(upstream):
     """Upstream's is that of the capture, of length 1, above three draft steps."""
-    import deep_gemm
-
     off, on = upstream.multi(upstream.classes, 4), upstream.multi(upstream.fused(), 4)
     stale = 0
     for slots, lengths, bs in batches(20):
         for multi in (off, on):
             bare.replay(multi, bare.forward_batch(multi, slots, lengths, bs))
-        live = torch.tensor(lengths + [1] * (bs - len(lengths)), dtype=torch.int32, device="cuda").view(-1, 1)
-        right = deep_gemm.get_paged_mqa_logits_metadata(live, 64, deep_gemm.get_num_sms())
+        right = upstream.schedule(torch.tensor(lengths + [1] * (bs - len(lengths)), device="cuda"))
         for backend in on.attn_backends:
             assert torch.equal(backend.decode_cuda_graph_metadata[bs].paged_mqa_schedule_metadata, right)
         stale += not torch.equal(off.attn_backends[0].decode_cuda_graph_metadata[bs].paged_mqa_schedule_metadata, right)
     assert stale > 0
 
 
-def test_both_planners_are_ours(upstream):
-    """On this GPU with the installed deep_gemm and flash_mla; the fallback would hide a change of theirs."""
+def test_all_planners_are_ours(upstream):
+    """On this GPU with the installed deep_gemm, flash_mla and top-k; the fallback would hide a change of theirs."""
     off, on = upstream.graphs("TARGET_VERIFY", 4, flashmla=True)
     assert all(on._replays[bs].generates and not on._replays[bs]._after for bs in CAPTURE_BS)
 

@@ -2,6 +2,8 @@ import pytest
 import torch
 from upstream import Upstream
 
+from sglang_nsa_fused import planners, stand_ins
+
 
 @pytest.fixture
 def device() -> str:
@@ -10,7 +12,10 @@ def device() -> str:
 
 
 @pytest.fixture
-def upstream(device):
+def upstream(device, monkeypatch):
+    if device == "cpu":  # with thresholds that the lengths of these tests reach
+        monkeypatch.setattr(stand_ins, "TOPK_BUCKETS", ((63, 0), (64, 2), (1000, 3), (2048, 1)))
+        monkeypatch.setattr(planners, "TOPK_BUCKETS", (*planners.TOPK_BUCKETS, stand_ins.TOPK_BUCKETS))
     upstream = Upstream(device)
     with upstream.gpu():
         yield upstream

@@ -4,7 +4,7 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import backends, bare
+from sglang_nsa_fused import backends, bare, planners
 
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):
@@ -86,16 +86,31 @@ def test_a_sharded_cache_prepares_its_own_draft_extend(upstream):
     assert hooks.draft_extend(on) is None
 
 
-def test_a_top_k_plan_that_is_not_refreshed_shows(upstream):
-    """The plan that the stand-in makes depends on every length, so that the other tests see a stale one."""
-    off, on = upstream.graphs("TARGET_VERIFY", 4)
-    metadata = on.decode_cuda_graph_metadata[4]
-    if getattr(metadata, "topk_v2_plan", None) is None:
-        pytest.skip("this release has none")
-    before = metadata.topk_v2_plan.clone()
-    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "TARGET_VERIFY", [1, 2], [500, 700], 4))
-    assert not torch.equal(metadata.topk_v2_plan, before)
-    on._replays[4]._after.remove(on._replays[4]._refresh_topk_v2_plan)
-    bare.replay_graph(on, bare.graph_batch(on, upstream.module, "TARGET_VERIFY", [1, 2], [501, 701], 4))
-    bare.replay_graph(off, bare.graph_batch(off, upstream.module, "TARGET_VERIFY", [1, 2], [501, 701], 4))
-    assert not torch.equal(metadata.topk_v2_plan, off.decode_cuda_graph_metadata[4].topk_v2_plan)
+def test_a_top_k_plan_of_unknown_form_is_upstreams(upstream, monkeypatch, caplog):
+    if upstream.release.topk_v2_plan is None or upstream.device == "cuda":
+        pytest.skip("this release has none" if upstream.device == "cpu" else "a GPU's has the known form")
+    with monkeypatch.context() as capture:
+        capture.setattr(planners, "TOPK_BUCKETS", planners.TOPK_BUCKETS[:-1])
+        off, on = upstream.graphs("TARGET_VERIFY", 4)
+    assert all(after(on._replays[bs]) == ["_refresh_topk_v2_plan"] for bs in CAPTURE_BS)
+    assert caplog.text.count("the plan of the top-k has a form that this plugin does not know") == 1
+
+    def rows(lengths):
+        return torch.tensor([n + i for n in lengths for i in range(1, 5)])
+
+    replay_both(upstream, off, on, "TARGET_VERIFY", rows)
+    on._replays[4]._after.clear()
+    with pytest.raises(AssertionError, match="topk_v2_plan"):  # the other tests see a stale one
+        replay_both(upstream, off, on, "TARGET_VERIFY", rows)
+
+
+def test_a_top_k_plan_that_is_unwritten_is_left_so(upstream, monkeypatch):
+    """As upstream's is from 0.5.21 on for so few rows that the top-k does without."""
+    if upstream.release.topk_v2_plan is None or upstream.device == "cuda":
+        pytest.skip("this release has none" if upstream.device == "cpu" else "stands in for the planner")
+    on = upstream.graphs("TARGET_VERIFY", 4)[1]
+    found = planners.Planners(upstream.release, upstream.module, None)
+    monkeypatch.setattr(planners, "_built_over_poison", lambda build, lengths: torch.full((len(lengths) + 1, 2), -7).int())
+    assert found.topk_buckets(on, 32) == ()
+    monkeypatch.setattr(planners, "_built_over_poison", lambda build, lengths: torch.full((len(lengths) + 1, 2), -6).int())
+    assert found.topk_buckets(on, 64) is None

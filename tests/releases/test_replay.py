@@ -111,6 +111,17 @@ def test_without_a_kernel_the_reference_copies_and_says_so_once(upstream, deep_g
         upstream.multi(upstream.fused(Settings(True, True, None)), 3)
 
 
+def test_each_replay_can_be_compared_with_the_reference(upstream, deep_gemm, caplog):
+    classes = upstream.fused(Settings(True, True, None, verify=True))
+    on = upstream.multi(classes, 4, flashmla=True)
+    assert caplog.text.count("each replay is compared with the reference and waits for the GPU") == 1
+    for _ in steps(upstream, upstream.multi(upstream.classes, 4, flashmla=True), on, count=10):
+        pass
+    step = on.attn_backends[0]
+    batch = bare.draft_extend_batch(step, upstream.module, "DRAFT_EXTEND_V2", [1, 2], [70, 2100])
+    step.init_forward_metadata(batch)
+
+
 def test_several_graph_runners_do_not_share_plans(upstream, deep_gemm):
     """Adaptive speculation builds several multi-step backends, with batch sizes and steps of their own."""
     classes = upstream.fused()

@@ -6,6 +6,7 @@ from generated import BOUNDARIES, MODES, NAMES, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sglang_nsa_fused import planners
 from sglang_nsa_fused.kernels import select
 from sglang_nsa_fused.plan import ReplayPlan
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
@@ -107,6 +108,39 @@ def test_a_schedule_of_nothing(device):
     assert schedule[:, 0].tolist() == [4] * len(schedule) and not schedule[:, 1].any()
 
 
+HOPPER = planners.TOPK_BUCKETS[1]
+
+
+@pytest.mark.parametrize("buckets", [*planners.TOPK_BUCKETS, ((7, 0),), ((0, 5), (63, 5), (64, 0), (4000, 1))])
+@pytest.mark.parametrize("bs", [1, 31, 257, 600])
+def test_topk_plans(device, bs, buckets):
+    others = tuple(name for name in NAMES if name != "topk_v2_plan")
+    for mode in MODES:
+        for longest in (100, 1 << 17, 1 << 19):
+            seed = bs + longest
+            make(device, mode, bs=bs, longest=longest, width=9, topk_buckets=buckets, leave_out=others, seed=seed).run()
+
+
+@pytest.mark.parametrize(
+    "lengths, plan",
+    [
+        ([65536, 65537, 1, 70000], [(65536, 2), (1, 65537), (3, 70000)]),  # the pool takes 30
+        ([70000] * 31, [(98304, 0)]),
+        ([70000] * 31 + [100_000] * 45, [(98304, 45), *((row, 100_000) for row in range(31, 76))]),
+        ([70000] * 31 + [100_000] * 46, [(131072, 0)]),
+        ([400_000] * 129, [(393216, 129), *((row, 400_000) for row in range(129))]),
+        ([100_000] * 46 + [200_000] * 61, [(196608, 61), *((row, 200_000) for row in range(46, 107))]),
+    ],
+)
+def test_the_topks_plan_is_as_its_source_says(device, lengths, plan):
+    others = tuple(name for name in NAMES if name != "topk_v2_plan")
+    case = make(device, bs=len(lengths), lengths=lengths, width=9, topk_buckets=HOPPER, leave_out=others)
+    case.run()
+    found = case.destinations[0][NAMES.index("topk_v2_plan")]
+    assert found[: len(plan)].tolist() == [list(pair) for pair in plan]
+    assert bool((found[len(plan) :] == -7).all())
+
+
 def test_fewer_requests_than_captured(device):
     for mode in MODES:
         make(device, mode, bs=3, captured_bs=8, leave_out=("flashmla_num_splits", "flashmla_metadata")).run()
@@ -184,6 +218,7 @@ def test_any_size(device, data):
         leave_out=tuple(draw(st.sets(st.sampled_from(NAMES), max_size=9))),
         length_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         topk=draw(st.sampled_from([64, 2048])),
+        topk_buckets=tuple(sorted(draw(st.dictionaries(st.integers(0, 5000), st.integers(0, 40), min_size=1, max_size=8)).items())),
         num_sms=draw(st.integers(1, 148)),
         seed=draw(st.integers(0, 1000)),
     ).run()

@@ -1,6 +1,6 @@
 import pytest
 
-from sglang_nsa_fused.settings import GATE, GATE_DSA, REQUIRED, Settings
+from sglang_nsa_fused.settings import GATE, GATE_DSA, REQUIRED, VERIFY, Settings
 
 
 @pytest.mark.parametrize("name", [GATE, GATE_DSA])
@@ -17,7 +17,7 @@ def test_required_and_allowlist():
     assert Settings.from_env({REQUIRED: "1", "SGLANG_PLUGINS": "a, nsa_fused,"}) == Settings(False, True, ("a", "nsa_fused"))
 
 
-@pytest.mark.parametrize("name", [GATE, GATE_DSA, REQUIRED])
+@pytest.mark.parametrize("name", [GATE, GATE_DSA, REQUIRED, VERIFY])
 def test_neither_true_nor_false(name):
     with pytest.raises(ValueError, match=f"{name}: expected one of true, .*got 'maybe'"):
         Settings.from_env({name: "maybe"})

@@ -36,6 +36,7 @@ enum Field {
   kSchedule,         // [num_sms + 1, 2], DeepGEMM paged MQA logits, optional
   kNumFields,
   kContextLens2d = kNumFields,  // [n, 1], as DeepGEMM takes lengths; generated, never copied
+  kTopkPlan,                    // [n + 1, 2], of sglang's top-k v2; generated, never copied
   kNumGenerated
 };
 
@@ -199,13 +200,14 @@ namespace nsa_fused {
 constexpr const char* kDstName[kNumGenerated] = {
     "cache_seqlens_dst",     "cu_seqlens_k_dst",       "page_table_1_dst",      "nsa_cache_seqlens_dst",
     "seqlens_expanded_dst",  "nsa_cu_seqlens_k_dst",   "real_page_table_dst",   "flashmla_num_splits_dst",
-    "flashmla_metadata_dst", "paged_mqa_schedule_dst", "paged_mqa_ctx_lens_2d_dst"};
+    "flashmla_metadata_dst", "paged_mqa_schedule_dst", "paged_mqa_ctx_lens_2d_dst",
+    "topk_v2_plan_dst"};
 
 inline Name dst_name(int f, int d, int num_dst) { return {kDstName[f], num_dst > 1 ? d : -1}; }
 
 constexpr Form form_of(int f) {
   if (f == kPageTable1 || f == kRealPageTable) return Form::kTable;
-  return f == kTileMetadata || f == kSchedule || f == kContextLens2d ? Form::kWhole : Form::kVector;
+  return f == kTileMetadata || f == kSchedule || f == kContextLens2d || f == kTopkPlan ? Form::kWhole : Form::kVector;
 }
 
 constexpr int first_element(int f) { return f == kCuSeqlensK || f == kNsaCuSeqlensK; }

@@ -1,0 +1,87 @@
+"""Opt-in: compares what each replay writes with the reference, for a user who wants to see it on their own server.
+
+Every replay then waits for the GPU, so this is for a test, not for production.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+
+from sglang_nsa_fused import reference
+from sglang_nsa_fused.kernels import Engine
+from sglang_nsa_fused.plan import Values
+
+NAMES = (
+    "cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
+    "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d",
+    "topk_v2_plan",
+)  # fmt: skip
+
+
+def verified(engine: Engine) -> Engine:
+    """The same engine, whose every copy and generation raises RuntimeError where it differs from the reference."""
+
+    def copy_plan(mode: int, destinations: Sequence) -> Callable:
+        return _compared(engine.copy_plan(mode, destinations), reference.copy_plan, mode, destinations)
+
+    def generate_plan(mode: int, values: Values, destinations: Sequence) -> Callable:
+        def expect(mode: int, destinations: Sequence) -> Callable:
+            return lambda *batch: reference.generate(mode, values, destinations, *batch)
+
+        return _compared(engine.generate_plan(mode, values, destinations), expect, mode, destinations)
+
+    def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
+        draft_tokens, topk, page_size, segment_len, num_sms, row_floor = sizes
+        pages = (cols + page_size - 1) // page_size
+        shapes = ((num_sms + 1, 2) if segment_len else (0,), (rows, cols), (rows, pages), (bs,), (bs + 1,), (rows,), (rows,),
+                  (rows + 1,))  # fmt: skip
+        parts = torch.split_with_sizes(workspace, [torch.Size(shape).numel() for shape in shapes])
+        schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = map(torch.Tensor.view, parts, shapes)
+        none = schedule if segment_len else None
+        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, none, None, None)
+        values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, row_floor=row_floor)
+
+        def generate(*batch) -> None:
+            engine.generate_draft_extend(*batch, req_to_token, workspace, rows, cols, *sizes)
+
+        def expect(mode: int, destinations: Sequence) -> Callable:
+            return lambda *batch: reference.generate(mode, values, destinations, *batch)
+
+        _compared(generate, expect, reference.DRAFT_EXTEND, [destination])(seq_lens, req_pool_indices, extend_lens, bs)
+
+    return engine._replace(
+        copy_plan=copy_plan,
+        generate_plan=generate_plan if engine.generate_plan else None,
+        generate_draft_extend=generate_draft_extend if engine.generate_draft_extend else None,
+    )
+
+
+def _compared(run: Callable, expect: Callable, mode: int, destinations: Sequence) -> Callable:
+    """run, then what expect(mode, copies of the destinations) makes of the same arguments, and both compared."""
+
+    def refresh(*args) -> None:
+        # A source may be its own destination.
+        before = [_clone(argument) for argument in args]
+        copies = [tuple(map(_clone, destination)) for destination in destinations]
+        run(*args)
+        expect(mode, copies)(*before)
+        for number, (found, expected) in enumerate(zip(destinations, copies)):
+            for name, mine, right in zip(NAMES, found, expected):
+                if mine is not None and not torch.equal(mine, right):
+                    raise RuntimeError(_difference(name, number, mine, right))
+
+    return refresh
+
+
+def _clone(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _difference(name: str, number: int, found: torch.Tensor, expected: torch.Tensor) -> Optional[str]:
+    places = (found != expected).nonzero().tolist()
+    first = tuple(places[0])
+    return (
+        f"sglang-nsa-fused: {name} of step backend {number} differs from the reference in {len(places)} of "
+        f"{found.numel()} places, first at {list(first)}: expected {int(expected[first])}, got {int(found[first])}"
+    )
