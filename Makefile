@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py)
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py sglang_nsa_fused/*/*.py)
 HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
 
 .PHONY: run test clean

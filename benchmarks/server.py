@@ -16,7 +16,6 @@ import random
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +24,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench import record, servers
+from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
-HERE = Path(__file__).resolve().parent
-UPSTREAM, OURS = SIDES = ("upstream", "ours")
 # What the probe times: kind -> (metric, what the case's name gets).
 KINDS = {
     "draft": ("host_us", "-draft"), "verify": ("host_us", "-verify"), "extend": ("host_us", "-extend"),
@@ -70,7 +68,9 @@ class Server(servers.Server):
         self.side, self.samples = side, args.log_dir / f"{name}-samples.jsonl"
         env = servers.environment(side == OURS, args.site, args.log_dir / "probe") | {"SERVER_PROBE_FILE": str(self.samples)}
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
-        flags += sizes(args) + shlex.split(args.server_flags)
+        tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
+        flags += servers.size_flags(servers.HERE / "model", args.context_length, args.mem_fraction, tokens, max(args.batch))
+        flags += shlex.split(args.server_flags)
         super().__init__(name, args.port + 2 * index, flags, env, args.log_dir, args.server_command)
 
     def start(self) -> None:
@@ -116,16 +116,6 @@ class Server(servers.Server):
         return "".join(lines)
 
 
-def sizes(args) -> list:
-    tokens = args.max_total_tokens or max(65_536, *(2 * batch * (length + args.output_tokens + 256) for batch, length in args.case))
-    return [
-        *("--model-path", servers.HERE / "model", "--context-length", args.context_length, "--max-total-tokens", tokens),
-        # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
-        *("--mem-fraction-static", args.mem_fraction),
-        *("--max-running-requests", max(16, *args.batch)),
-    ]
-
-
 def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, Run]]:
     """The same requests to one side, the other, the other, the one: the runs that count, and one with its draft tokens."""
     draw = random.Random(f"{batch} {length}")
@@ -149,16 +139,8 @@ def sha(runs: list[Run]) -> str:
 
 def result(name: str, metric: str, samples: dict[str, list[float]], **more) -> dict:
     upstream, ours = (statistics.median(samples[side]) for side in SIDES)
-    return {
-        "name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3),
-        "ratio": round(upstream / ours, 3) if ours else None, "samples": min(map(len, samples.values())),
-        "spread": {side: p10_p90(values) for side, values in samples.items()}, **more,
-    }  # fmt: skip
-
-
-def p10_p90(values: list[float]) -> list[float]:
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
-    return [round(tenths[0], 3), round(tenths[-1], 3)]
+    spread = {side: record.spread(values) for side, values in samples.items()}
+    return record.case(name, metric, upstream, ours, min(map(len, samples.values())), spread=spread, **more)
 
 
 def case(name: str, servers: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
@@ -279,17 +261,12 @@ def measure_one(configuration: Configuration, pair: list[Server], results: Resul
     return problems
 
 
-def machine(args) -> dict:
-    """What the servers will run on, asked in their environment: GPU, sglang and torch."""
-    code = (
-        "import json, torch; from importlib.metadata import version; cuda = torch.cuda.is_available();"
-        "print(json.dumps([torch.cuda.get_device_name() if cuda else 'no GPU', version('sglang'), torch.__version__]))"
-    )
-    env = servers.environment(False, args.site)
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=args.log_dir, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit("no torch and sglang to measure: give their folders as --site")
-    return dict(zip(("gpu", "sglang", "torch"), json.loads(done.stdout.splitlines()[-1])))
+def machine(site: str) -> dict:
+    try:
+        found = servers.machine(site)
+    except Failed as error:
+        raise SystemExit(f"{error}; give their folders as --site") from None
+    return {"gpu": found["gpu"] or "no GPU", "sglang": found["sglang"], "torch": found["torch"]}
 
 
 def batch_and_length(text: str) -> tuple[int, int]:
@@ -360,9 +337,9 @@ def main(argv=None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
         signal.signal(number, servers.interrupt)
     servers.write_probe(args.log_dir / "probe")
-    head = {"schema": 1, "what": "server", **machine(args), "commit": args.commit or record.commit()}
+    head = {"schema": 1, "what": "server", **machine(args.site), "commit": args.commit or commit()}
     args.release = releases.find(head["sglang"])
-    results = Results(args.out or record.default_path("server", head["gpu"], head["sglang"]), head)
+    results = Results(args.out or default_path("server", head["gpu"], head["sglang"]), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
     problems = measure_all(results, args, deadline)
     if results.cases:

@@ -1,10 +1,12 @@
-"""Command line: doctor, demo, patch."""
+"""Command line: doctor, demo, bench, patch."""
 
 import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from sglang_nsa_fused.bench.commands import app as bench_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 main = app
@@ -54,6 +56,7 @@ def demo(
 
 patch_app = typer.Typer(no_args_is_help=True, help="The plugin loader for sglang 0.5.7 to 0.5.10.post1, which have none.")
 app.add_typer(patch_app, name="patch")
+app.add_typer(bench_app, name="bench")
 
 
 def _patch(action) -> None:

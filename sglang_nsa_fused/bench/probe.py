@@ -4,7 +4,7 @@ It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the c
 clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host. Of kind
 "draft graph" the duration is the GPU's, of the graph of all draft steps. While a file of that name with ".drafts"
 exists, it also appends the draft tokens of each step, since output ids do not tell wrong draft metadata: the target
-model corrects it.
+model corrects it. "peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process.
 """
 
 import collections
@@ -135,14 +135,21 @@ def _start_writer() -> None:
 
 def _write() -> None:
     global _keeps_drafts
-    with open(os.environ[FILE], "a") as file:
+    from torch.cuda import max_memory_allocated
+
+    peak = 0
+    # Unbuffered, all lines in one write: with several schedulers the file is theirs together.
+    with open(os.environ[FILE], "ab", buffering=0) as file:
         while True:
             time.sleep(PERIOD)
             _keeps_drafts = os.path.exists(os.environ[FILE] + ".drafts")
+            found = []
             while _graphs and _graphs[0][3].query():
                 at, bs, start, end = _graphs.popleft()
-                sample = {"at": at, "kind": "draft graph", "bs": bs, "ns": start.elapsed_time(end) * 1e6}
-                file.write(json.dumps(sample) + "\n")
+                found.append({"at": at, "kind": "draft graph", "bs": bs, "ns": start.elapsed_time(end) * 1e6})
             while _samples:
-                file.write(json.dumps(_samples.popleft()) + "\n")
-            file.flush()
+                found.append(_samples.popleft())
+            if max_memory_allocated() > peak:
+                peak = max_memory_allocated()
+                found.append({"at": time.perf_counter_ns(), "peak_bytes": peak})
+            file.write("".join(json.dumps(sample) + "\n" for sample in found).encode())

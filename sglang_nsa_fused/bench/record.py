@@ -5,14 +5,12 @@ import statistics
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 SIDES = UPSTREAM, OURS = "upstream", "ours"
 
 
 def case(name: str, metric: str, upstream: float, ours: float, samples: int, **more) -> dict:
-    """metric: one of host_us, gpu_us, launches, syncs, step_ms, gpu_draft_us, bytes."""
-    ratio = round(upstream / ours, 2) if ours else None
+    """metric: one of host_us, gpu_us, launches, syncs, step_ms, gpu_draft_us, bytes, or of compare.METRICS."""
+    ratio = round(upstream / ours, 3) if ours else None
     return {"name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3), "ratio": ratio,
             "samples": samples, **more}  # fmt: skip
 
@@ -23,16 +21,24 @@ def spread(values: list[float]) -> list[float]:
     return [round(tenths[0], 3), round(tenths[-1], 3)]
 
 
-def head(what: str, commit: str | None, **more) -> dict:
-    """commit: of this project, None for an installed release of it."""
+def head(what: str, commit: str | None, machine: dict | None = None, **more) -> dict:
+    """commit: of this project, None for an installed release of it. machine: gpu, sglang and torch; None: of this process."""
     from sglang_nsa_fused import __version__
 
-    return {"schema": 1, "what": what, "gpu": torch.cuda.get_device_name(), "sglang": version("sglang"),
-            "torch": torch.__version__, "plugin": __version__, "commit": commit, **more}  # fmt: skip
+    machine = machine or this_machine()
+    return {"schema": 1, "what": what, **machine, "plugin": __version__, "commit": commit, **more}
+
+
+def this_machine() -> dict:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(), "sglang": version("sglang"), "torch": torch.__version__}
 
 
 def write(path: Path, head: dict, cases: list[dict]) -> None:
     """One case a line, so that a diff shows which moved."""
     lines = ",\n".join("  " + json.dumps(one) for one in cases)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
+    partial = path.with_name(path.name + ".partial")  # an interrupted write leaves the file before it
+    partial.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
+    partial.replace(path)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sglang_nsa_fused.patch import LOADER
 from sglang_nsa_fused.releases import Release
-from sglang_nsa_fused.settings import ALLOWLIST, GATE, GATE_DSA, REQUIRED
+from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, GATE_DSA, REQUIRED
 
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -26,6 +27,9 @@ COMMAND = f"{shlex.quote(sys.executable)} -m sglang.launch_server"
 # NSA (DSA) backend and cache dtype of each kind of cache.
 CACHES = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}
 REQUEST_SECONDS = 300
+# Not sglang's note that it warms up less "to avoid out of memory".
+OUT_OF_MEMORY = re.compile(r"(?<!avoid )out of memory|OutOfMemoryError|Not enough memory", re.I)
+NOT_ACTIVE = re.compile(r"sglang-nsa-fused: not active: .*")
 PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
 FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
 
@@ -33,7 +37,11 @@ console = Console(width=150, highlight=False, markup=False)
 
 
 class Failed(Exception):
-    """Why something was not measured, or what it showed to be wrong."""
+    """Why something was not measured, or what it showed to be wrong. Log lines may follow the first line."""
+
+
+class OutOfMemory(Failed):
+    pass
 
 
 class Server:
@@ -61,11 +69,20 @@ class Server:
         """Raises Failed when the process has ended."""
         if self.ready_seconds is None:
             if self.process.poll() is not None:
-                raise Failed(f"{self.name}: the server ended with status {self.process.returncode}{self.tail()}")
+                raise self.ended()
             with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
                 urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
                 self.ready_seconds = round(time.monotonic() - self.started, 1)
         return self.ready_seconds is not None
+
+    def ended(self) -> Failed:
+        """Why, of a process that has ended, as far as its log tells."""
+        log = self.log.read_text(errors="replace")
+        if OUT_OF_MEMORY.search(log):
+            return OutOfMemory(f"{self.name}: out of memory{self.tail()}")
+        found = NOT_ACTIVE.search(log)
+        why = found[0] if found else f"the server ended with status {self.process.returncode}"
+        return Failed(f"{self.name}: {why}{self.tail()}")
 
     def post(self, path: str, body: dict, seconds: float = REQUEST_SECONDS):
         """The reply's JSON. Raises Failed."""
@@ -92,23 +109,50 @@ class Server:
 
 def flags(release: Release, draft_steps: int, cache: str, graph_bs: int) -> list:
     """Of a server with EAGLE speculation on a model with random weights, that captures graphs up to a batch of graph_bs."""
-    (backend, dtype), names = CACHES[cache], release.names
     return [
         *("--load-format", "dummy", "--skip-tokenizer-init", "--trust-remote-code", "--random-seed", 0),
         *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
         *("--disable-custom-all-reduce", "--watchdog-timeout", 600),
-        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", 1),
-        *("--speculative-num-steps", draft_steps, "--speculative-num-draft-tokens", draft_steps + 1),
-        *(f"--{names}-prefill-backend", backend, f"--{names}-decode-backend", backend, "--kv-cache-dtype", dtype),
+        *speculation_flags(draft_steps),
+        *cache_flags(release, cache),
         *("--cuda-graph-max-bs-decode" if release.flags_by_phase else "--cuda-graph-max-bs", graph_bs),
         *(["--disable-prefill-cuda-graph"] if release.flags_by_phase else []),
     ]
 
 
-def environment(plugin: bool, site: str = "", probe: Path | None = None) -> dict[str, str]:
+def speculation_flags(draft_steps: int) -> list:
+    return [
+        *("--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", 1),
+        *("--speculative-num-steps", draft_steps, "--speculative-num-draft-tokens", draft_steps + 1),
+    ]
+
+
+def cache_flags(release: Release, cache: str) -> list:
+    (backend, dtype), names = CACHES[cache], release.names
+    return [f"--{names}-prefill-backend", backend, f"--{names}-decode-backend", backend, "--kv-cache-dtype", dtype]
+
+
+def size_flags(model: Path, context_length: int, mem_fraction: float, max_total_tokens: int, max_running: int) -> list:
+    return [
+        *("--model-path", model, "--context-length", context_length, "--max-total-tokens", max_total_tokens),
+        # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
+        *("--mem-fraction-static", mem_fraction),
+        *("--max-running-requests", max(16, max_running)),
+    ]
+
+
+def total_tokens(requests: list[tuple[int, int]], output_tokens: int) -> int:
+    """Of a KV pool that holds twice as many such requests. requests: (how many at a time, input tokens of each)."""
+    return max(65_536, *(2 * batch * (length + output_tokens + 256) for batch, length in requests))
+
+
+def environment(
+    plugin: bool, site: str = "", probe: Path | None = None, dense_prefill: bool = False, loader: bool = True
+) -> dict[str, str]:
     """Of a server process. site: PYTHONPATH entries with sglang and the plugin; empty: this environment's.
 
-    probe: the folder that `write_probe` made, for a server whose refreshes are timed.
+    probe: the folder that `write_probe` made, for a server whose refreshes are timed. dense_prefill: dense attention for
+    short prefills, as is sglang's default; it needs FlashAttention 3. loader: whether this sglang loads plugins by itself.
     """
     own = {name: value for name, value in os.environ.items() if name not in (GATE, GATE_DSA, REQUIRED)}
     path = [str(Path(entry).resolve()) for entry in (site or own.get("PYTHONPATH", "")).split(os.pathsep) if entry]
@@ -116,9 +160,31 @@ def environment(plugin: bool, site: str = "", probe: Path | None = None) -> dict
     path = [*([str(probe)] if probe else []), *path]
     own |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", ALLOWLIST: ",".join(plugins) or "none"}  # where it is empty all are loaded
     own.setdefault("CUDA_HOME", "/usr/local/cuda")
-    # No dense attention for short prefills, which would need FlashAttention 3.
-    own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
+    if not dense_prefill:
+        own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
+    if plugin and not loader:
+        own[EXTERNAL] = EXTERNAL_PACKAGE
     return own | ({GATE: "1", REQUIRED: "1"} if plugin else {})
+
+
+def machine(site: str = "") -> dict:
+    """What servers will run on, asked in their environment: "gpu", None without one; "sglang" and "torch", their versions;
+    "loader", whether that sglang loads plugins by itself. Raises Failed where torch or sglang is missing."""
+    code = (
+        "import importlib.metadata, importlib.util, json, os, torch; sglang = importlib.metadata.version('sglang');"
+        "folder = list(importlib.util.find_spec('sglang').submodule_search_locations)[0];"
+        f"loader = os.path.exists(os.path.join(folder, {LOADER!r}));"
+        "gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None;"
+        "print(json.dumps([gpu, sglang, torch.__version__, loader]))"
+    )
+    # Not in the working directory: a folder of that name there would be taken for sglang.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(False, site), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise Failed(f"torch and sglang are not both installed: {why}")
+    return dict(zip(("gpu", "sglang", "torch", "loader"), json.loads(done.stdout.splitlines()[-1])))
 
 
 def write_probe(folder: Path) -> None:
@@ -153,7 +219,7 @@ def wait_ready(servers: list[Server], deadline: float) -> None:
         if time.monotonic() > deadline:
             late = next(server for server in servers if server.ready_seconds is None)
             raise Failed(f"{late.name}: the server was not ready in time{late.tail()}")
-        time.sleep(1)
+        time.sleep(0.2)
 
 
 def start(servers: list[Server], seconds: float, together: bool = True) -> None:
@@ -186,9 +252,9 @@ def stop(servers: list[Server], memory_before: float) -> None:
             if wait(lambda: not session_members(started), seconds):
                 break
         else:
-            console.print(f"servers that cannot be stopped: {session_members(started)}")
+            print(f"servers that cannot be stopped: {session_members(started)}", file=sys.stderr)
         if started and not wait(lambda: gpu_memory_mib() < memory_before + 1024, 60):
-            console.print("the GPU's memory is still in use after the servers were stopped")
+            print("the GPU's memory is still in use after the servers were stopped", file=sys.stderr)
 
 
 def session_members(leaders: list[subprocess.Popen]) -> list[int]:

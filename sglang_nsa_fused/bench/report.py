@@ -1,0 +1,104 @@
+"""What a comparison of servers came to: the result file, the table, and what one must know to read it."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sglang_nsa_fused.bench import record
+from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS
+from sglang_nsa_fused.bench.record import SIDES
+from sglang_nsa_fused.bench.servers import Failed, OutOfMemory
+
+WIDTH = 170
+LOG_LINES = 5  # of a server's log, behind an error
+STYLES = {GAIN: "green", LOSS: "red"}
+
+console = Console(stderr=True, highlight=False, width=WIDTH)  # for all but the table
+
+
+class Result:
+    def __init__(self, path: Path):
+        self.path, self.head, self.cases, self.same_tokens = path, {}, [], {}
+
+    def write(self) -> None:
+        record.write(self.path, self.head | {"same_tokens": self.same_tokens}, self.cases)
+
+    def show(self, plot: Path | None) -> int:
+        """Prints the table, and draws. The exit status: 1 where tokens differ."""
+        if not self.cases:
+            say("nothing was measured")
+            return 0
+        Console(highlight=False, width=WIDTH).print(table(self.cases))
+        for note in notes(self.cases, self.same_tokens):
+            say(note)
+        say(f"results in {self.path}")
+        if plot:
+            from sglang_nsa_fused.bench.plots import latency_and_host
+
+            for path in latency_and_host(self.head, self.cases, plot):
+                say(f"picture in {path}")
+        differing = [name for name, one in self.same_tokens.items() if one["same"] is False]
+        for name in differing:
+            say(f"FAILED {name}: the tokens of off and on differ: {self.same_tokens[name]['why']}", style="red")
+        return int(bool(differing))
+
+
+def say(text: str, style: str = "") -> None:
+    console.print(text, markup=False, soft_wrap=True, style=style)
+
+
+def say_failed(error: Failed) -> None:
+    first, *rest = str(error).splitlines()
+    if isinstance(error, OutOfMemory):
+        first += ": lower --mem-fraction, --layers, --experts, --length or --concurrency, or give --one-at-a-time"
+    if rest:  # where the log is, and how it ends
+        first += f"; from {rest[0].removeprefix('--- ')}:"
+    say(f"FAILED {first}", style="red")
+    for line in [line for line in rest[1:] if line.strip()][-LOG_LINES:]:
+        say(f"  {line}")
+
+
+def table(cases: list[dict]) -> Table:
+    found = Table("case", "", "off", "p10-p90", "on", "p10-p90", "off/on", "p10-p90", "rounds", "p", "")
+    groups = [(one.get("concurrency"), one.get("input_tokens")) for one in cases]
+    for one, group, following in zip(cases, groups, [*groups[1:], None]):
+        what = METRICS[one["metric"]] + (", larger is better" if one["metric"] in BETTER_LARGER else "")
+        medians = [(number(one[side]), extent(one["spread"][side])) for side in SIDES]
+        ratio = ("" if one["ratio"] is None else f"{one['ratio']:.2f}"), extent(one["ratio_spread"])
+        p = f"{one['p']:.3f}" if one["p"] >= 0.001 else "<0.001"
+        cells = (one["name"], what, *medians[0], *medians[1], *ratio, str(one["samples"]), p, one["verdict"])
+        found.add_row(*cells, style=STYLES.get(one["verdict"], ""), end_section=group != following)
+    return found
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def extent(values: list[float] | None) -> str:
+    return "" if values is None else "-".join(map(number, values))
+
+
+def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
+    found = [
+        f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of {round(1 / LEVEL)} "
+        "rows without any difference one shows such a p by chance."
+    ]
+    if any(one["samples"] < LEAST_ROUNDS and one["metric"] != "peak_mib" for one in cases):
+        found.append(f"Fewer than {LEAST_ROUNDS} rounds cannot show a difference.")
+    if same := [name for name, one in same_tokens.items() if one["same"]]:
+        found.append(f"The same tokens on both sides: {', '.join(same)}.")
+    return found + [f"Tokens not compared in {name}: {one['why']}." for name, one in same_tokens.items() if one["same"] is None]
+
+
+@contextmanager
+def progress(runs: int):
+    """A bar of so many; yields what advances it by one run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("waiting for servers", total=runs)
+        yield lambda name: bar.update(task, advance=1, description=name)

@@ -1,0 +1,152 @@
+"""Drives both sides in turn, and keeps what was measured in each round."""
+
+import asyncio
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Callable
+
+import aiohttp
+
+from sglang_nsa_fused.bench import compare, drive, servers, sides
+from sglang_nsa_fused.bench.drive import Case, Run
+from sglang_nsa_fused.bench.record import OURS, SIDES
+
+CHECKS = 3  # repeats of the same prompts, which tell whether sglang repeats itself
+
+
+@dataclass(frozen=True)
+class Options:
+    cases: list[Case]
+    rounds: int
+    warmup: int  # runs before those that count, of each server and case
+    repeats: int  # runs of one side in a round
+    output_tokens: int
+    request_seconds: float
+    ready_seconds: float
+    compared: bool  # the tokens of both sides; not where acceptance is simulated
+
+
+class Book:
+    """Runs by case, round and side, and the servers that answered them."""
+
+    def __init__(self):
+        self.runs: dict[Case, dict[int, dict[str, list[Run]]]] = defaultdict(lambda: defaultdict(dict))
+        self.repeats: dict[Case, dict[str, list[Run]]] = defaultdict(dict)
+        self.targets: dict[int, dict[str, object]] = defaultdict(dict)  # by the round that they began with
+
+    def target(self, number: int, side: str):
+        return self.targets[max(begun for begun in self.targets if begun <= number)][side]
+
+    def whole(self, case: Case) -> dict[int, dict[str, list[Run]]]:
+        """The rounds that both sides have finished."""
+        return {number: one for number, one in sorted(self.runs[case].items()) if len(one) == len(SIDES)}
+
+    def rows(self) -> list[dict]:
+        found, samples = [], {}
+        for pair in self.targets.values():
+            samples |= {target: target.samples() for target in pair.values()}
+        for case in list(self.runs):
+            rounds = []
+            for number, one in self.whole(case).items():
+                of = {side: values(runs, samples[self.target(number, side)], case) for side, runs in one.items()}
+                rounds.append(of)
+            found += compare.rows(case.name, rounds, concurrency=case.concurrency, input_tokens=case.length)
+        pairs = [[peak_mib(samples[pair[side]]) for side in SIDES] for pair in self.targets.values() if len(pair) == len(SIDES)]
+        if any(None not in pair for pair in pairs):
+            found.append(compare.row("server", "peak_mib", dict(zip(SIDES, map(list, zip(*pairs))))))
+        return found
+
+    def same_tokens(self) -> dict[str, dict]:
+        """Case -> {"same": true, false or null where it cannot be said, "why": ...}."""
+        found = {}
+        for case in self.runs:
+            if rounds := list(self.whole(case).values()):
+                same, why = compare.same_tokens(rounds, self.repeats[case])
+                found[case.name] = {"same": same, "why": why}
+        return found
+
+
+def values(runs: list[Run], samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
+    """(part, metric) -> value, of one side in one round."""
+    found = {("", metric): value for metric, value in compare.latencies(runs).items()}
+    refreshes = defaultdict(list)
+    for sample in samples:
+        # Of full batches: while requests come and go there are others.
+        if "kind" in sample and sample["bs"] >= case.concurrency and any(run.start <= sample["at"] <= run.end for run in runs):
+            refreshes[sample["kind"]].append(sample["ns"] / 1e3)
+    return found | {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if kind in sides.KINDS}
+
+
+def peak_mib(samples: list[dict]) -> float | None:
+    """Of the scheduler process that allocated most."""
+    peaks = [sample["peak_bytes"] for sample in samples if "peak_bytes" in sample]
+    return max(peaks) / 2**20 if peaks else None
+
+
+def order(number: int) -> tuple[str, ...]:
+    """off, on; on, off; off, on ..."""
+    return SIDES if number % 2 == 0 else SIDES[::-1]
+
+
+def ask(target, case: Case, prompts: int, options: Options) -> Run:
+    """Raises servers.Failed."""
+    try:
+        return asyncio.run(drive.run(target.url, case.prompts(prompts), options.output_tokens, options.request_seconds))
+    except (drive.Refused, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        raise target.failure(error) from error
+
+
+def repeat(target, case: Case, options: Options) -> list[Run]:
+    """The first round's prompts again, each time with an empty prefix cache."""
+    found = []
+    for _ in range(CHECKS):
+        try:
+            asyncio.run(drive.empty_cache(target.url))
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise target.failure(error) from error
+        found.append(ask(target, case, 0, options))
+    return found
+
+
+def interleaved(targets: dict[str, object], options: Options, book: Book, step: Callable[[str], None], save: Callable[[], None]):
+    """Both sides are up, and answer in turn. step: called after each run with its name; save: after each case."""
+    book.targets[0] = targets
+    for case in options.cases:
+        for number in range(-options.warmup, options.rounds):
+            for side in order(number):
+                run = ask(targets[side], case, number, options)
+                if number >= 0:
+                    book.runs[case][number][side] = [run]
+                step(f"{case.name} {sides.LABELS[side]}")
+        for side in SIDES:
+            targets[side].check()
+            if options.compared:
+                book.repeats[case][side] = repeat(targets[side], case, options)
+        save()
+    sides.settle(targets[OURS])
+    save()
+
+
+def one_at_a_time(start: Callable, options: Options, book: Book, step: Callable[[str], None], save: Callable[[], None]):
+    """A server alone on its GPUs, for each round and side. start: (side, number) -> a server that is not up yet."""
+    for number in range(options.rounds):
+        for side in order(number):
+            server, memory_before = start(side, number), servers.gpu_memory_mib()
+            try:
+                servers.start([server], options.ready_seconds)
+                server.check()
+                book.targets[number][side] = server
+                for case in options.cases:
+                    for warmup in range(-options.warmup, 0):
+                        ask(server, case, warmup, options)
+                    first = number * options.repeats
+                    runs = [ask(server, case, first + more, options) for more in range(options.repeats)]
+                    if options.compared and number == 0:
+                        book.repeats[case][side] = repeat(server, case, options)
+                    book.runs[case][number][side] = runs
+                    step(f"{case.name} {server.name}")
+                sides.settle(server)
+            finally:
+                servers.stop([server], memory_before)
+        save()

@@ -1,0 +1,117 @@
+"""The two sides of a comparison: servers that are started here, and running ones."""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.bench.servers import Failed
+
+LABELS = {UPSTREAM: "off", OURS: "on"}
+SETTLE_SECONDS = 1.0  # the probe writes each half second
+# The probe's kind of sample -> (part of a case, metric).
+KINDS = {
+    "draft": ("draft", "host_us"),
+    "verify": ("verify", "host_us"),
+    "extend": ("extend", "host_us"),
+    "draft graph": ("", "gpu_draft_us"),
+}
+
+
+class Attached:
+    """A server that runs already. url: without a slash at the end."""
+
+    probed = False
+
+    def __init__(self, side: str, url: str):
+        self.side, self.url = side, url
+
+    def version(self) -> str | None:
+        """Of its sglang; None where it does not say. Raises Failed where there is no server."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/get_server_info", timeout=30) as reply:
+                return json.load(reply).get("version")
+        except urllib.error.HTTPError:
+            return None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self.failure(error) from error
+
+    def samples(self) -> list[dict]:
+        return []
+
+    def check(self) -> None:
+        pass
+
+    def failure(self, error: Exception) -> Failed:
+        return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?")
+
+
+class Launched(servers.Server):
+    def __init__(self, side: str, name: str, port: int, setup: "Setup"):
+        self.side, self.probed = side, setup.loader
+        self.url = f"http://{servers.HOST}:{port}"
+        self.samples_file = setup.folder / f"{name}-samples.jsonl"
+        super().__init__(name, port, list(setup.flags), setup.environment(side, self.samples_file), setup.folder, setup.command)
+
+    def start(self) -> None:
+        self.samples_file.write_text("")
+        super().start()
+
+    def samples(self) -> list[dict]:
+        """The probe's, so far."""
+        lines = self.samples_file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+
+    def check(self) -> None:
+        """Raises Failed where the plugin's line does not agree with the side."""
+        lines = self.plugin_lines()
+        if self.side == OURS and not lines:
+            raise Failed(
+                f"{self.name}: the plugin is not active: its line is not in the log; see `sglang-nsa-fused doctor`{self.tail()}"
+            )
+        if self.side == UPSTREAM and lines:
+            raise Failed(f"{self.name}: the plugin is active, and must not be: {lines[0]}{self.tail()}")
+
+    def failure(self, error: Exception) -> Failed:
+        """Of a request; a server that died is named as such."""
+        if servers.wait(lambda: self.process.poll() is not None, 10):
+            return self.ended()
+        return Failed(f"{self.name}: a request failed: {said(error)}{self.tail()}")
+
+
+def said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the servers of both sides are started."""
+
+    folder: Path  # of their logs
+    flags: tuple  # besides the ports
+    port: int
+    loader: bool  # whether this sglang loads plugins by itself; the probe is one
+    dense_prefill: bool
+    accept_length: float | None = None  # simulated by sglang's own switch
+    command: str = servers.COMMAND
+
+    def environment(self, side: str, samples: Path) -> dict[str, str]:
+        probe = self.folder / "probe" if self.loader else None
+        env = servers.environment(side == OURS, probe=probe, dense_prefill=self.dense_prefill, loader=self.loader)
+        env["SERVER_PROBE_FILE"] = str(samples)
+        return env | ({"SGLANG_SIMULATE_ACC_LEN": str(self.accept_length)} if self.accept_length else {})
+
+    def server(self, side: str, number: int | None = None) -> Launched:
+        """number: of its start, where there are several."""
+        name = LABELS[side] if number is None else f"{LABELS[side]}-{number + 1}"
+        return Launched(side, name, self.port + 2 * SIDES.index(side), self)
+
+
+def settle(target) -> None:
+    if target.probed:
+        time.sleep(SETTLE_SECONDS)

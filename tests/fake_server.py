@@ -1,0 +1,106 @@
+"""Stands in for sglang.launch_server in the tests of the benchmarks: streams tokens, prints the plugin's line, writes what
+the probe writes. The variables FAKE_* make it misbehave."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--port", type=int)
+port = parser.parse_known_args()[0].port
+ON = os.environ.get("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA") == "1"
+SIDE = "on" if ON else "off"
+SAMPLES = os.environ.get("SERVER_PROBE_FILE")
+STEP_TOKENS, STEP_SECONDS = 2, 0.001 if ON else 0.003
+answered = 0
+
+
+def fake(name: str) -> bool:
+    """Whether FAKE_<name> names this side."""
+    return os.environ.get(f"FAKE_{name}") == SIDE
+
+
+def say(*words) -> None:
+    print(*words, flush=True)
+
+
+def call(what: str) -> None:
+    """Into the file that both sides share."""
+    with open(os.environ["FAKE_CALLS"], "a") as file:
+        file.write(what + "\n")
+
+
+def sample(**what) -> None:
+    if SAMPLES and not os.environ.get("FAKE_NO_SAMPLES"):
+        with open(SAMPLES, "a") as file:
+            file.write(json.dumps({"at": time.perf_counter_ns(), **what}) + "\n")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(b'{"version": "0.5.12.post1"}' if self.path == "/get_server_info" else b"")
+
+    def answer(self, body: bytes, status: int = 200):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        global answered
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/flush_cache":
+            return self.answer(b"")
+        answered += 1
+        if fake("DIE_LATE") and answered > 6:
+            say("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
+            os._exit(9)
+        request = json.loads(body)
+        call(SIDE)
+        if os.environ.get("FAKE_HANG") and answered > 6:
+            call("hang")
+            time.sleep(600)
+        self.send_response(200)
+        self.end_headers()
+        total, prompt = request["sampling_params"]["max_new_tokens"], request["input_ids"]
+        ids, steps = [(sum(prompt) + at) % 1000 for at in range(total)], 0
+        if fake("TOKENS") and answered > 2:
+            ids[3] += 1
+        if fake("UNSTEADY"):
+            ids[5] += answered
+        for end in [1, *range(1 + STEP_TOKENS, total, STEP_TOKENS), total]:
+            time.sleep(STEP_SECONDS)
+            steps += end > 1
+            for kind in ("draft", "verify", "extend", "draft graph"):
+                sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * steps)
+            meta = {
+                "completion_tokens": end,
+                "spec_verify_ct": steps,
+                "finish_reason": {"type": "length"} if end == total else None,
+            }
+            self.wfile.write(b"data: " + json.dumps({"output_ids": ids[:end], "meta_info": meta}).encode() + b"\n\n")
+        sample(peak_bytes=(5 << 30) + (ON << 20))
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+call(f"start-{SIDE}")
+say("arguments", sys.argv[1:])
+say("environment", {name: os.environ.get(name) for name in os.environ if name.startswith("SGLANG_")})
+if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
+    subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
+if fake("DIE_EARLY"):
+    say("ValueError: boom")
+    sys.exit(3)
+if os.environ.get("FAKE_LINE_TOO") or (ON and not os.environ.get("FAKE_NO_LINE")):
+    say("[2026-01-01] sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y")
+if fake("FALLBACK"):
+    say("Warning: fused metadata copy kernel not available, falling back to loop.")
+signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
