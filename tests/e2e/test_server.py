@@ -86,7 +86,7 @@ def test_abort(pair):
         ours, ended = asyncio.run(abort(server, others))
         assert ended == "abort", f"{server.name}: the aborted request ended with {ended}"
         # Without the abort they would go on for longer: at most draft_steps + 1 tokens of 30,000 each 8 ms or so.
-        assert serving.wait_idle(server, 20), f"{server.name}: still decoding after its requests were aborted"
+        assert serving.wait_idle(server, 15), f"{server.name}: still decoding after its requests were aborted"
         check_same(pair, others, upstream, ours)
     check_same(pair, others, *answers(list(pair), others))
 

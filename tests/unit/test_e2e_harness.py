@@ -25,7 +25,7 @@ class Run:
             *("--e2e-command", shlex.join([sys.executable, str(HERE / "fake_server.py")]), "--e2e-requests", 40),
             *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
         ]
-        env = {"MARGIN": "1", "FAKE": "", **env}
+        env = {"MARGIN": "1", "FAKE": "", "COLUMNS": "300", **env}
         self.process = subprocess.Popen(
             list(map(str, command)), env=os.environ | env, cwd=HERE.parents[1], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -57,7 +57,8 @@ def free_port() -> int:
 SERVER = ("--e2e-draft-steps", "4", "-k", "test_server")
 RUNS = {
     "good": (SERVER, {}),
-    "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,NO_ABORT,LEAK"}),
+    "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,LEAK"}),
+    "unaborted": ((*SERVER[:2], "-k", "test_server and abort"), {"FAKE": "NO_ABORT"}),
     "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), {"FAKE": "TOKEN,FALLBACK"}),
     "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
     "logprobs": ((*SERVER[:2], "-k", "test_server and one_call"), {"FAKE": "LOGPROB"}),
@@ -116,7 +117,6 @@ def test_faults_fail(runs):
         "test_one_call": "the draft tokens of one call differ",
         "test_joining_and_leaving": "the output ids differ with the plugin on",
         "test_above_the_largest_graph": "the output ids differ with the plugin on",
-        "test_abort": "still decoding after its requests were aborted",
         "test_load": "host, bf16-n4-on drifts",
     }
     found = failures(output)
@@ -124,6 +124,11 @@ def test_faults_fail(runs):
     for test, text in expected.items():
         assert re.search(text, found[test]), found[test]
     assert not servers_of(runs["faulty"])
+
+
+def test_unaborted_request_fails(runs):
+    _, output = runs["unaborted"].result()
+    assert "still decoding after its requests were aborted" in failures(output)["test_abort"], output
 
 
 def test_differing_tokens_fail(runs):
