@@ -9,7 +9,6 @@ index_topk tokens: there every bit must be the same.
 import asyncio
 import collections
 import contextlib
-import itertools
 import json
 import math
 import random
@@ -18,14 +17,13 @@ import signal
 import statistics
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
 
-from sglang_nsa_fused import releases
 from sglang_nsa_fused.bench import servers
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
+from sglang_nsa_fused.plugin import find_release
 
 SIDES = OFF, ON = ("off", "on")
 CAPTURED = 8  # the largest batch with a graph
@@ -33,7 +31,7 @@ RUNNING = 16  # the largest batch
 CHUNK = 1024  # tokens of a prefill
 CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
-SAME_BATCH = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
+ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
 DRIFT_MIB = 64
 SETTLE_SECONDS = 1.2  # the probe looks and writes each half second
 
@@ -79,7 +77,7 @@ class Server(servers.Server):
         self.side, self.samples = side, folder / f"{configuration.name}-{side}-samples.jsonl"
         env = servers.environment(side == ON, probe=folder / "probe")
         env |= {"SERVER_PROBE_FILE": str(self.samples), "SERVER_PROBE_WEIGHTS": "decisive"}
-        flags = servers.flags(options.release, configuration.draft_steps, configuration.cache, CAPTURED)
+        flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
         flags += [
             *("--model-path", servers.HERE / "model", "--context-length", CONTEXT, "--max-total-tokens", 3 * CONTEXT),
             # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
@@ -145,10 +143,6 @@ class Options:
     log_dir: Path
     ready_seconds: float
 
-    @property
-    def release(self) -> releases.Release:
-        return releases.find(version("sglang"))
-
 
 @contextlib.contextmanager
 def running(configuration: Configuration, options: Options):
@@ -182,7 +176,7 @@ def client() -> aiohttp.ClientSession:
 
 
 async def ask(session, server: Server, body: dict, path: str = "/generate"):
-    """The reply's JSON. Raises Failed."""
+    """The reply's JSON; of other paths than /generate None. Raises Failed."""
     try:
         async with session.post(f"http://{HOST}:{server.port}{path}", json=body) as reply:
             if reply.status != 200:
@@ -192,7 +186,7 @@ async def ask(session, server: Server, body: dict, path: str = "/generate"):
         raise Failed(f"{server.name}: no answer from the server: {error!r}{server.tail()}") from error
 
 
-async def send(session, server: Server, requests: list[Request], in_flight=itertools.repeat(math.inf)) -> list[Answer]:
+async def send(session, server: Server, requests: list[Request], in_flight) -> list[Answer]:
     """in_flight: for each request how many may be under way when it is sent, itself included."""
     under_way, ended = 0, asyncio.Condition()
 
@@ -214,13 +208,13 @@ async def send(session, server: Server, requests: list[Request], in_flight=itert
     return await asyncio.gather(*tasks)
 
 
-def answers(servers_: list[Server], requests: list[Request], in_flight=None) -> list[list[Answer]]:
-    """Of each server, all at the same time."""
+def answers(asked: list[Server], requests: list[Request], in_flight=None) -> list[list[Answer]]:
+    """Of each server, all asked at the same time."""
 
     async def run():
         async with client() as session:
-            limits = (in_flight or [math.inf] * len(requests) for _ in servers_)
-            return await asyncio.gather(*(send(session, *each) for each in zip(servers_, itertools.repeat(requests), limits)))
+            limits = in_flight or [math.inf] * len(requests)
+            return await asyncio.gather(*(send(session, server, requests, limits) for server in asked))
 
     return asyncio.run(run())
 
@@ -261,46 +255,49 @@ def check_same(pair: Pair, requests: list[Request], upstream: list[Answer], ours
     return len(found)
 
 
-def same_batch(pair: Pair, repeats: int = 4) -> None:
-    """One call with requests of mixed lengths, to one side and the other: ids, logprobs and draft tokens, to the bit."""
-    prompts = [list(prompt("same batch", length)) for length in SAME_BATCH]
-    body = {"input_ids": prompts, "sampling_params": greedy(32), "return_logprob": True}
-    outcomes, drafts = {server.side: [] for server in pair}, {}
+def call(server: Server) -> str:
+    """Sends one call with requests of mixed lengths: output ids and their logprobs, as JSON. Raises Failed."""
+    prompts = [list(prompt("one call", length)) for length in ONE_CALL]
+    replies = server.post("/generate", {"input_ids": prompts, "sampling_params": greedy(32), "return_logprob": True})
+    if not all(reply["meta_info"].get("spec_verify_ct") for reply in replies):
+        raise Failed(f"{server.name}: no verify steps: the server does not decode speculatively")
+    logprobs = [[value[0] for value in reply["meta_info"]["output_token_logprobs"]] for reply in replies]
+    return json.dumps([[reply["output_ids"] for reply in replies], logprobs])
 
-    def one(server: Server) -> str:
-        replies = server.post("/generate", body)
-        if not all(reply["meta_info"].get("spec_verify_ct") for reply in replies):
-            raise Failed(f"{server.name}: no verify steps: the server does not decode speculatively")
-        logprobs = [[value[0] for value in reply["meta_info"]["output_token_logprobs"]] for reply in replies]
-        return json.dumps([[reply["output_ids"] for reply in replies], logprobs])
 
-    for repeat in range(repeats + 1):
-        for server in pair:
-            outcome = one(server)
-            if repeat:  # the first one prefills; from then on the prompts are in the prefix cache
-                outcomes[server.side].append(outcome)
-    try:
-        for server in pair:
-            server.keep_drafts(True)
-        time.sleep(SETTLE_SECONDS)
-        spans = []
-        for server in pair:
-            start = time.perf_counter_ns()
-            one(server)
-            spans.append((start, time.perf_counter_ns()))
-    finally:
-        for server in pair:
-            server.keep_drafts(False)
-    time.sleep(SETTLE_SECONDS)
-    drafts = [server.drafts(*span) for server, span in zip(pair, spans)]
+def check_call(pair: Pair, repeats: int = 4) -> None:
+    """One call is reproducible: its ids and logprobs are the same to the bit."""
+    for server in pair:
+        call(server)  # this one prefills; from now on the prompts are in the prefix cache
+    outcomes = [[call(server) for server in pair] for _ in range(repeats)]
     # The scheduler may take a call's requests in two parts, so not all repeats need be alike.
-    (upstream, times), (ours, ours_times) = (collections.Counter(outcomes[side]).most_common(1)[0] for side in SIDES)
-    console.print(f"  one call: {times} and {ours_times} of {repeats} alike, {len(drafts[0])} rows of draft tokens")
+    (upstream, times), (ours, our_times) = (collections.Counter(side).most_common(1)[0] for side in zip(*outcomes))
+    console.print(f"  one call: {times} of {repeats} alike with the plugin off, {our_times} with it on")
     assert 2 * times > repeats, "upstream does not repeat itself: there is nothing to compare with"
     assert json.loads(upstream)[0] == json.loads(ours)[0], "the output ids of one call differ"
     assert upstream == ours, "the logprobs of one call differ"
-    assert drafts[0], "the probe saw no draft tokens"
-    assert drafts[0] == drafts[1], "the draft tokens of one call differ"
+
+
+def check_drafts(pair: Pair) -> None:
+    """Output ids do not tell wrong draft metadata: the target model corrects it."""
+    for server in pair:
+        server.keep_drafts(True)
+    try:
+        time.sleep(SETTLE_SECONDS)
+        found = []
+        for server in pair:
+            start = time.perf_counter_ns()
+            call(server)
+            end = time.perf_counter_ns()
+            time.sleep(SETTLE_SECONDS)
+            found.append(server.drafts(start, end))
+    finally:
+        for server in pair:
+            server.keep_drafts(False)
+    upstream, ours = found
+    console.print(f"  {len(upstream)} rows of draft tokens")
+    assert upstream, "the probe saw no draft tokens"
+    assert upstream == ours, "the draft tokens of one call differ"
 
 
 def wait_idle(server: Server, seconds: float) -> bool:

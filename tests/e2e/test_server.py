@@ -1,6 +1,7 @@
 """A real server with speculative decoding, plugin off and on; one pair of servers for each configuration."""
 
 import asyncio
+import math
 import random
 import time
 
@@ -25,7 +26,8 @@ def test_log_line(pair):
 
 
 def test_one_call(pair):
-    serving.same_batch(pair)
+    serving.check_call(pair)
+    serving.check_drafts(pair)
 
 
 def test_joining_and_leaving(pair, request_count):
@@ -98,7 +100,7 @@ async def abort(server, others: list[Request]) -> tuple[list, str]:
         aborted = asyncio.create_task(serving.ask(session, server, endless[0] | {"rid": "aborted"}))
         url = f"http://{serving.HOST}:{server.port}/generate"
         async with client() as other, other.post(url, json=endless[1] | {"stream": True}) as stream:
-            running = asyncio.create_task(serving.send(session, server, others))
+            running = asyncio.create_task(serving.send(session, server, others, [math.inf] * len(others)))
             for _ in range(3):  # until it decodes
                 await stream.content.readuntil(b"\n\n")
             stream.close()
@@ -114,7 +116,7 @@ def test_load(pair, minutes):
     console.print(f"  {count} requests in {minutes} minutes")
     for what, found in samples.items():
         serving.check_drift(what, found)
-    serving.same_batch(pair)
+    serving.check_call(pair)
     assert len(pair.on.plugin_lines()) == 1
 
 
@@ -125,7 +127,7 @@ async def load(pair, seconds: float, samples: dict) -> int:
         nonlocal count
         while time.monotonic() - start < seconds:
             request = Request(prompt(draw.random(), draw.randint(1, 2500)), draw.randint(8, 200))
-            await serving.send(session, server, [request])
+            await serving.send(session, server, [request], [math.inf])
             count += 1
             if draw.random() < 0.02:  # some pauses, so that the batch shrinks
                 await asyncio.sleep(draw.random())
@@ -145,5 +147,3 @@ async def load(pair, seconds: float, samples: dict) -> int:
         clients = [client_of(server, session) for server in pair for _ in range(RUNNING - 4)]
         await asyncio.gather(watch(), *clients)
     return count
-
-

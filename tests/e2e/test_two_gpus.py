@@ -39,6 +39,12 @@ def test_active_on_both_ranks(pair):
     assert ranks == ["TP0", "TP1"]
 
 
+def test_one_call(pair, parallel):
+    if parallel != "tp2":
+        pytest.skip("data-parallel ranks batch the requests of one call as they come")
+    serving.check_call(pair)
+
+
 def test_joining_and_leaving(pair, request_count):
     count = max(20, request_count // 4)
     requests = [Request(prompt(("two", number), 1 + 997 * number % 1000), 8 + number % 40) for number in range(count)]

@@ -65,7 +65,9 @@ async def answer(body: dict, prompt: tuple) -> dict:
     cached = 64 * next((number for number, page in enumerate(pages) if page not in prefixes), len(pages))
     prefixes.update(pages)
     for start in range(cached, len(prompt), args.chunked_prefill_size):
-        log(f"Prefill batch, #new-seq: 1, #new-token: {min(args.chunked_prefill_size, len(prompt) - start)}, #cached-token: {cached}")
+        log(
+            f"Prefill batch, #new-seq: 1, #new-token: {min(args.chunked_prefill_size, len(prompt) - start)}, #cached-token: {cached}"
+        )
     running[rid], ids, steps = aborted, prompt, 0
     try:
         while len(ids) - len(prompt) < body["sampling_params"]["max_new_tokens"] and not aborted.is_set():
@@ -84,7 +86,11 @@ async def answer(body: dict, prompt: tuple) -> dict:
     finally:
         del running[rid]
     output = ids[len(prompt) :]
-    meta = {"cached_tokens": cached, "spec_verify_ct": steps, "finish_reason": {"type": "abort" if aborted.is_set() else "length"}}
+    meta = {
+        "cached_tokens": cached,
+        "spec_verify_ct": steps,
+        "finish_reason": {"type": "abort" if aborted.is_set() else "length"},
+    }
     if body.get("return_logprob"):
         meta["output_token_logprobs"] = [[-0.5 - ("LOGPROB" in faults), one, None] for one in output]
     if body.get("top_logprobs_num"):
@@ -108,4 +114,4 @@ if "FALLBACK" in faults:
     log("sglang-nsa-fused: falling back")
 app = web.Application()
 app.add_routes([web.post("/generate", generate), web.post("/abort_request", abort_request), web.get("/health", health)])
-web.run_app(app, host="127.0.0.1", port=args.port, print=None)
+web.run_app(app, host="127.0.0.1", port=args.port, print=None, shutdown_timeout=0.1)

@@ -154,7 +154,7 @@ def test_differing_logprobs_fail(runs):
 
 def test_two_gpus(runs):
     summary, output = runs["two GPUs"].result()
-    assert "2 passed, 2 skipped" in summary, output
+    assert "3 passed, 3 skipped" in summary, output
     assert "refuses data-parallel attention here: ValueError: no data-parallel attention" in output
     _, output = runs["one rank"].result()
     assert failures(output).keys() == {"test_active_on_both_ranks"}, output
@@ -162,6 +162,8 @@ def test_two_gpus(runs):
 
 def test_skipped_without_a_gpu():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", E2E]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, cwd=HERE.parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, cwd=HERE.parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "passed" not in done.stdout, done.stdout
     assert "needs 1 GPU, there are 0" in done.stdout and "needs 2 GPUs, there are 0" in done.stdout
