@@ -24,7 +24,7 @@ FILE = "SERVER_PROBE_FILE"
 PERIOD = 0.5  # seconds between writes
 # Of decisive_weights: of 129,280 tokens those with random rows in the head, the logit of the next token in standard
 # deviations of theirs, and what random weights are multiplied with. Found by simulation of the model on a CPU.
-JUMPS, NEXT = 16, 3.0
+JUMPS, NEXT = 16, 3.3
 SCALES = {"q_b_proj": 1.6, "o_proj": 0.5, "down_proj": 0.25, "eh_proj": 1}
 
 _samples = collections.deque()  # its append and popleft need no lock

@@ -15,7 +15,7 @@ def mixed(seed: str, count: int) -> list[Request]:
     """Prompts of 1 to 1,000 tokens, each 25th above index_topk."""
     draw = random.Random(seed)
     lengths = (draw.randint(2049, 3000) if number % 25 == 24 else draw.randint(1, 1000) for number in range(count))
-    return [Request(prompt((seed, number), length), draw.randint(8, 48)) for number, length in enumerate(lengths)]
+    return [Request(prompt((seed, number), length), draw.randint(8, 40)) for number, length in enumerate(lengths)]
 
 
 def test_log_line(pair):

@@ -58,10 +58,9 @@ SERVER = ("--e2e-draft-steps", "4", "-k", "test_server")
 RUNS = {
     "good": (SERVER, {}),
     "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,LEAK"}),
-    "unaborted": ((*SERVER[:2], "-k", "test_server and abort"), {"FAKE": "NO_ABORT"}),
+    "bits": ((*SERVER[:2], "-k", "test_server and (one_call or abort)"), {"FAKE": "LOGPROB,NO_ABORT"}),
     "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), {"FAKE": "TOKEN,FALLBACK"}),
     "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
-    "logprobs": ((*SERVER[:2], "-k", "test_server and one_call"), {"FAKE": "LOGPROB"}),
     "two GPUs": (("-k", "two_gpus"), {"REFUSES_DP": "1"}),
     "one rank": (("-k", "two_gpus and ranks"), {"FAKE": "ONE_RANK"}),
     "terminated": ((*SERVER[:2], "-k", "test_server and load", "--e2e-minutes", "10"), {}),
@@ -93,16 +92,6 @@ def servers_of(run: Run) -> list[str]:
     return [one for one in found if "fake_server" in one and "--port" in one]
 
 
-def test_terminated_run_stops_its_servers(runs):
-    run = runs["terminated"]
-    while "ready after" not in run.process.stdout.readline():
-        assert run.process.poll() is None
-    assert len(servers_of(run)) == 2
-    run.process.terminate()
-    run.result()
-    assert run.process.returncode == 2 and not servers_of(run)
-
-
 def test_passes(runs):
     summary, output = runs["good"].result()
     assert "8 passed" in summary and "failed" not in summary, output
@@ -126,9 +115,12 @@ def test_faults_fail(runs):
     assert not servers_of(runs["faulty"])
 
 
-def test_unaborted_request_fails(runs):
-    _, output = runs["unaborted"].result()
-    assert "still decoding after its requests were aborted" in failures(output)["test_abort"], output
+def test_differing_logprobs_and_unaborted_requests_fail(runs):
+    _, output = runs["bits"].result()
+    found = failures(output)
+    assert found.keys() == {"test_one_call", "test_abort"}, output
+    assert "the logprobs of one call differ" in found["test_one_call"]
+    assert "still decoding after its requests were aborted" in found["test_abort"]
 
 
 def test_differing_tokens_fail(runs):
@@ -147,11 +139,6 @@ def test_undecided_tokens_pass_unless_there_are_many(runs):
     assert "from an undecided token on, margins up to 0.010" in output
 
 
-def test_differing_logprobs_fail(runs):
-    _, output = runs["logprobs"].result()
-    assert failures(output) == {"test_one_call": "AssertionError: the logprobs of one call differ"}, output
-
-
 def test_two_gpus(runs):
     summary, output = runs["two GPUs"].result()
     assert "3 passed, 3 skipped" in summary, output
@@ -167,3 +154,13 @@ def test_skipped_without_a_gpu():
     )
     assert done.returncode == 0 and "passed" not in done.stdout, done.stdout
     assert "needs 1 GPU, there are 0" in done.stdout and "needs 2 GPUs, there are 0" in done.stdout
+
+
+def test_terminated_run_stops_its_servers(runs):
+    run = runs["terminated"]
+    while "ready after" not in run.process.stdout.readline():
+        assert run.process.poll() is None
+    assert len(servers_of(run)) == 2
+    run.process.terminate()
+    run.result()
+    assert run.process.returncode == 2 and not servers_of(run)
