@@ -32,7 +32,7 @@ CHUNK = 1024  # tokens of a prefill
 CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
 ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
-DRIFT_MIB = 64
+DRIFT_MIB = 64  # over the second half of the load
 SETTLE_SECONDS = 1.2  # the probe looks and writes each half second
 
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
@@ -319,8 +319,12 @@ def drift(samples: list[tuple[float, float]]) -> float:
     return slope * (half[-1][0] - half[0][0])
 
 
-def check_drift(what: str, samples: list[tuple[float, float]]) -> None:
-    rise = drift(samples)
-    low, high = (pick(mib for _, mib in samples) for pick in (min, max))
-    console.print(f"  {what}: {low:.0f} to {high:.0f} MiB, {rise:+.1f} over the last {samples[-1][0] / 120:.1f} minutes")
-    assert rise < DRIFT_MIB, f"{what} drifts: {rise:+.1f} MiB over the second half of the load"
+def check_drift(samples: dict[str, list[tuple[float, float]]]) -> None:
+    """Of the GPU and of each side's host memory."""
+    rises = {what: drift(found) for what, found in samples.items()}
+    for what, found in samples.items():
+        low, high = (pick(mib for _, mib in found) for pick in (min, max))
+        console.print(f"  {what}: {low:.0f} to {high:.0f} MiB, {rises[what]:+.1f} over the second half")
+    assert rises["gpu"] < DRIFT_MIB, f"GPU memory drifts: {rises['gpu']:+.1f} MiB over the second half of the load"
+    ours = rises[ON] - max(0, rises[OFF])
+    assert ours < DRIFT_MIB, f"host memory drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"
