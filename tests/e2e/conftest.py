@@ -7,6 +7,7 @@ from serving import Configuration, Options, running
 
 from sglang_nsa_fused.bench import servers
 
+HERE = Path(__file__).resolve().parent
 DRAFT_STEPS = (2, 3, 4, 5, 7)
 
 
@@ -43,7 +44,7 @@ def gpus(config) -> int:
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "e2e" in item.path.parts:
+        if item.path.parent == HERE:
             needed = 2 if item.path.name == "test_two_gpus.py" else 1
             if gpus(config) < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' * (needed > 1)}, there are {gpus(config)}"))

@@ -103,6 +103,11 @@ async def abort_request(request) -> web.Response:
     return web.Response()
 
 
+async def flush_cache(request) -> web.Response:
+    prefixes.clear()
+    return web.Response(status=400 if running else 200)
+
+
 async def health(request) -> web.Response:
     return web.Response()
 
@@ -113,5 +118,7 @@ if plugin and "NO_LINE" not in faults:
 if "FALLBACK" in faults:
     log("sglang-nsa-fused: falling back")
 app = web.Application()
-app.add_routes([web.post("/generate", generate), web.post("/abort_request", abort_request), web.get("/health", health)])
+for path, handler in {"/generate": generate, "/abort_request": abort_request, "/flush_cache": flush_cache}.items():
+    app.router.add_post(path, handler)
+app.router.add_get("/health", health)
 web.run_app(app, host="127.0.0.1", port=args.port, print=None, shutdown_timeout=0.1)

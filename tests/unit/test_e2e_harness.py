@@ -19,9 +19,20 @@ class Run:
 
     def __init__(self, folder: Path, *args: str, **env: str):
         self.folder = folder
-        ports = free_port()
         command = [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", E2E, "--e2e-log-dir", folder, "--e2e-port", ports),
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "-s",
+                E2E,
+                "--e2e-log-dir",
+                folder,
+                "--e2e-port",
+                free_port(),
+            ),
             *("--e2e-command", shlex.join([sys.executable, str(HERE / "fake_server.py")]), "--e2e-requests", 40),
             *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
         ]
