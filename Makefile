@@ -1,6 +1,7 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
 # make test  the tests, then those with real sglang classes once for each sglang release; ARGS instead: pytest with these alone
-# Both set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
+# make e2e   real servers with speculative decoding, plugin off and on; needs a GPU and all of sglang; ARGS as for pytest
+# All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -8,7 +9,7 @@ ARGS ?=
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py sglang_nsa_fused/*/*.py)
 HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
 
-.PHONY: run test clean
+.PHONY: run test e2e clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -19,6 +20,9 @@ ifeq ($(ARGS),)
 else
 	$(VENV)/bin/pytest $(ARGS)
 endif
+
+e2e: $(VENV)/plugin
+	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
 
 $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 	@echo "== packages, about two minutes the first time"

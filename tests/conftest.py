@@ -10,5 +10,5 @@ def device(request) -> str:
 
 
 def pytest_report_header() -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: tests/gpu is skipped"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: tests/gpu and tests/e2e are skipped"
     return f"torch {torch.__version__}, GPU {gpu}"

@@ -2,7 +2,9 @@
 
 import typer
 
+from sglang_nsa_fused.bench.replay import replay
 from sglang_nsa_fused.bench.server import server
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command()(server)
+app.command()(replay)

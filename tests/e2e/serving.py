@@ -1,0 +1,339 @@
+"""A pair of sglang servers, plugin off and on, requests to them, and what must be the same.
+
+Both have the probe's decisive weights. Even so two runs of upstream itself can differ where its two best tokens are all
+but tied: requests join and leave at other steps, other batch sizes round otherwise. So answers may differ from upstream's
+only at a token where upstream's own logits, asked again, are that close. Batches sent in one call are reproducible, up to
+index_topk tokens: there every bit must be the same.
+"""
+
+import asyncio
+import collections
+import contextlib
+import json
+import math
+import random
+import re
+import signal
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.servers import HOST, Failed, console
+from sglang_nsa_fused.plugin import find_release
+
+SIDES = OFF, ON = ("off", "on")
+CAPTURED = 8  # the largest batch with a graph
+RUNNING = 16  # the largest batch
+CHUNK = 1024  # tokens of a prefill
+CONTEXT = 32_768
+UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
+ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
+DRIFT_MIB = 64  # over the second half of the load
+SETTLE_SECONDS = 1.2  # the probe looks and writes each half second
+
+DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
+PREFILL = re.compile(r"Prefill batch.*?#new-token: (\d+)")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    cache: str
+    draft_steps: int
+    name: str
+    flags: tuple = ()
+
+    @staticmethod
+    def of(cache: str, draft_steps: int, suffix: str = "", flags: tuple = ()):
+        return Configuration(cache, draft_steps, f"{cache}-n{draft_steps}{suffix}", flags)
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+    @property
+    def body(self) -> dict:
+        return {"input_ids": list(self.prompt), "sampling_params": greedy(self.output_tokens)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: tuple[int, ...]
+    cached_tokens: int
+
+    @staticmethod
+    def of(reply: dict):
+        return Answer(tuple(reply["output_ids"]), reply["meta_info"]["cached_tokens"])
+
+
+class Server(servers.Server):
+    def __init__(self, side: str, configuration: Configuration, options):
+        folder = options.log_dir
+        self.side, self.samples = side, folder / f"{configuration.name}-{side}-samples.jsonl"
+        env = servers.environment(side == ON, probe=folder / "probe")
+        env |= {"SERVER_PROBE_FILE": str(self.samples), "SERVER_PROBE_WEIGHTS": "decisive"}
+        flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
+        flags += [
+            *("--model-path", servers.HERE / "model", "--context-length", CONTEXT, "--max-total-tokens", 3 * CONTEXT),
+            # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
+            *("--mem-fraction-static", 0.9, "--max-running-requests", RUNNING),
+            *("--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags),
+        ]
+        # Apart by more than the ports that data-parallel attention derives from the first.
+        port = options.port + 1000 * SIDES.index(side)
+        super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
+
+    def start(self) -> None:
+        self.samples.write_text("")
+        super().start()
+
+    def log_from(self, mark: int) -> str:
+        return self.log.read_bytes()[mark:].decode(errors="replace")
+
+    @property
+    def mark(self) -> int:
+        return self.log.stat().st_size
+
+    def batches(self, mark: int) -> list[tuple[int, bool]]:
+        """Size of each decode batch since then, and whether it had a graph."""
+        return [(int(size), graph == "True") for size, graph in DECODE.findall(self.log_from(mark))]
+
+    def keep_drafts(self, keep: bool) -> None:
+        flag = Path(f"{self.samples}.drafts")
+        flag.touch() if keep else flag.unlink(missing_ok=True)
+
+    def drafts(self, start: int, end: int) -> list:
+        """The draft tokens of each request and step, in any order: requests may be batched in another one."""
+        samples = [json.loads(line) for line in self.samples.read_text().splitlines()]
+        return sorted(row for sample in samples if start <= sample["at"] <= end for row in sample.get("drafts", []))
+
+    def host_mib(self) -> float:
+        """Anonymous memory of the scheduler processes."""
+        pids = servers.session_members([self.process])
+        titles = {}
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                titles[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+        found = [pid for pid, title in titles.items() if b"sglang::scheduler" in title] or pids
+        kib = 0
+        for pid in found:
+            with contextlib.suppress(OSError):
+                kib += int(re.search(r"RssAnon:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+        return kib / 1024
+
+
+@dataclass(frozen=True)
+class Pair:
+    off: Server
+    on: Server
+
+    def __iter__(self):
+        return iter((self.off, self.on))
+
+
+@dataclass(frozen=True)
+class Options:
+    command: str
+    port: int
+    log_dir: Path
+    ready_seconds: float
+
+
+@contextlib.contextmanager
+def running(configuration: Configuration, options: Options):
+    """The pair, stopped however the block ends. Raises Failed."""
+    signal.signal(signal.SIGTERM, servers.interrupt)  # whoever ends pytest ends the servers too
+    servers.write_probe(options.log_dir / "probe")
+    pair = Pair(*(Server(side, configuration, options) for side in SIDES))
+    before = servers.gpu_memory_mib()
+    try:
+        servers.start(list(pair), options.ready_seconds)
+        seconds = [server.ready_seconds for server in pair]
+        console.print(f"\n{configuration.name}: ready after {seconds} s, logs in {options.log_dir}")
+        yield pair
+    finally:
+        servers.stop(list(pair), before)
+
+
+def greedy(output_tokens: int) -> dict:
+    return {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
+
+
+def prompt(seed, length: int) -> tuple[int, ...]:
+    draw = random.Random(f"{seed} {length}")
+    return tuple(draw.randrange(10, 120_000) for _ in range(length))
+
+
+def client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=servers.REQUEST_SECONDS)
+    )
+
+
+async def ask(session, server: Server, body: dict, path: str = "/generate"):
+    """The reply's JSON; of other paths than /generate None. Raises Failed."""
+    try:
+        async with session.post(f"http://{HOST}:{server.port}{path}", json=body) as reply:
+            if reply.status != 200:
+                raise Failed(f"{server.name}: {reply.status} {await reply.text()}{server.tail()}")
+            return await reply.json() if path == "/generate" else None
+    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        raise Failed(f"{server.name}: no answer from the server: {error!r}{server.tail()}") from error
+
+
+async def send(session, server: Server, requests: list[Request], in_flight) -> list[Answer]:
+    """in_flight: for each request how many may be under way when it is sent, itself included."""
+    under_way, ended = 0, asyncio.Condition()
+
+    async def one(request: Request) -> Answer:
+        nonlocal under_way
+        try:
+            return Answer.of(await ask(session, server, request.body))
+        finally:
+            async with ended:
+                under_way -= 1
+                ended.notify_all()
+
+    tasks = []
+    for request, limit in zip(requests, in_flight):
+        async with ended:
+            await ended.wait_for(lambda: under_way < limit)
+            under_way += 1
+        tasks.append(asyncio.create_task(one(request)))
+    return await asyncio.gather(*tasks)
+
+
+def answers(asked: list[Server], requests: list[Request], in_flight=None) -> list[list[Answer]]:
+    """Of each server, all asked at the same time."""
+
+    async def run():
+        async with client() as session:
+            limits = in_flight or [math.inf] * len(requests)
+            return await asyncio.gather(*(send(session, server, requests, limits) for server in asked))
+
+    return asyncio.run(run())
+
+
+def wave(count: int, phase: float = 0.0) -> list[int]:
+    """Limits that rise and fall between 1 and RUNNING - 2 a few times."""
+    return [round(1 + (RUNNING - 3) * (1 - math.cos(6.28 * (number / 50 + phase))) / 2) for number in range(count)]
+
+
+def differing(left: list[Answer], right: list[Answer]) -> list[int]:
+    return [number for number, (one, other) in enumerate(zip(left, right)) if one.ids != other.ids]
+
+
+def margin(server: Server, request: Request, one: Answer, other: Answer) -> tuple[int, float]:
+    """The first token in which the answers differ, and how far both are at most from the server's best there, in nats."""
+    at = next(at for at, (left, right) in enumerate(zip(one.ids, other.ids)) if left != right)
+    body = Request(request.prompt + one.ids[:at], 1).body | {"return_logprob": True, "top_logprobs_num": 8}
+    top = server.post("/generate", body)["meta_info"]["output_top_logprobs"][0]
+    logprobs = {token: logprob for logprob, token, *_ in top}
+    return at, max(logprobs.values()) - min(logprobs.get(answer.ids[at], -math.inf) for answer in (one, other))
+
+
+def check_same(pair: Pair, requests: list[Request], upstream: list[Answer], ours: list[Answer]) -> int:
+    """How many differ; fails unless each does so at a token that upstream leaves undecided."""
+    for request, *both in zip(requests, upstream, ours):
+        assert [len(answer.ids) for answer in both] == [request.output_tokens] * 2, "an answer of another length"
+    found = differing(upstream, ours)
+    margins = {number: margin(pair.off, requests[number], upstream[number], ours[number]) for number in found}
+    widest = max((nats for _, nats in margins.values()), default=0)
+    undecided = f", {len(found)} from an undecided token on, margins up to {widest:.3f}" if found else ""
+    console.print(f"  {len(requests) - len(found)} of {len(requests)} answers identical{undecided}")
+    wrong = {number: margins[number] for number in found if margins[number][1] > UNDECIDED}
+    lines = (
+        f"request {number}, {len(requests[number].prompt)} tokens, differs at token {at} of {requests[number].output_tokens}, "
+        f"where upstream is decided by {nats:.3f} nats" for number, (at, nats) in wrong.items()
+    )  # fmt: skip
+    assert not wrong, "the output ids differ with the plugin on:\n" + "\n".join(lines)
+    return len(found)
+
+
+async def prefill_alone(server: Server) -> None:
+    """Leaves only the call's prompts in the prefix cache, none of them computed in a batch with others."""
+    async with client() as session:
+        await ask(session, server, {}, "/flush_cache?timeout=30")
+        for length in ONE_CALL:
+            await ask(session, server, Request(prompt("one call", length), 1).body)
+
+
+def call(server: Server) -> str:
+    """Sends one call with requests of mixed lengths: output ids and their logprobs, as JSON. Raises Failed."""
+    prompts = [list(prompt("one call", length)) for length in ONE_CALL]
+    replies = server.post("/generate", {"input_ids": prompts, "sampling_params": greedy(32), "return_logprob": True})
+    if not all(reply["meta_info"].get("spec_verify_ct") for reply in replies):
+        raise Failed(f"{server.name}: no verify steps: the server does not decode speculatively")
+    logprobs = [[value[0] for value in reply["meta_info"]["output_token_logprobs"]] for reply in replies]
+    return json.dumps([[reply["output_ids"] for reply in replies], logprobs])
+
+
+def check_call(pair: Pair, repeats: int = 4) -> None:
+    """One call is reproducible: its ids and logprobs are the same to the bit."""
+    for server in pair:
+        asyncio.run(prefill_alone(server))
+        call(server)  # kernels may still be compiled
+    outcomes = [[call(server) for server in pair] for _ in range(repeats)]
+    # The scheduler may take a call's requests in two parts, so not all repeats need be alike.
+    (upstream, times), (ours, our_times) = (collections.Counter(side).most_common(1)[0] for side in zip(*outcomes))
+    console.print(f"  one call: {times} of {repeats} alike with the plugin off, {our_times} with it on")
+    assert 2 * times > repeats, "upstream does not repeat itself: there is nothing to compare with"
+    assert json.loads(upstream)[0] == json.loads(ours)[0], "the output ids of one call differ"
+    assert upstream == ours, "the logprobs of one call differ"
+
+
+def check_drafts(pair: Pair) -> None:
+    """Output ids do not tell wrong draft metadata: the target model corrects it."""
+    for server in pair:
+        server.keep_drafts(True)
+    try:
+        time.sleep(SETTLE_SECONDS)
+        found = []
+        for server in pair:
+            start = time.perf_counter_ns()
+            call(server)
+            end = time.perf_counter_ns()
+            time.sleep(SETTLE_SECONDS)
+            found.append(server.drafts(start, end))
+    finally:
+        for server in pair:
+            server.keep_drafts(False)
+    upstream, ours = found
+    console.print(f"  {len(upstream)} rows of draft tokens")
+    assert upstream, "the probe saw no draft tokens"
+    assert upstream == ours, "the draft tokens of one call differ"
+
+
+def wait_idle(server: Server, seconds: float) -> bool:
+    """Whether it stops decoding before."""
+    end, quiet_since, mark = time.monotonic() + seconds, time.monotonic(), server.mark
+    while time.monotonic() - quiet_since < 1:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+        if server.batches(mark):
+            quiet_since, mark = time.monotonic(), server.mark
+    return True
+
+
+def drift(samples: list[tuple[float, float]]) -> float:
+    """By how much the second half of (seconds, MiB) rises, along its least-squares line."""
+    half = samples[len(samples) // 2 :]
+    slope = statistics.linear_regression(*zip(*half)).slope
+    return slope * (half[-1][0] - half[0][0])
+
+
+def check_drift(samples: dict[str, list[tuple[float, float]]]) -> None:
+    """Of the GPU and of each side's host memory."""
+    rises = {what: drift(found) for what, found in samples.items()}
+    for what, found in samples.items():
+        low, high = (pick(mib for _, mib in found) for pick in (min, max))
+        console.print(f"  {what}: {low:.0f} to {high:.0f} MiB, {rises[what]:+.1f} over the second half")
+    assert rises["gpu"] < DRIFT_MIB, f"GPU memory drifts: {rises['gpu']:+.1f} MiB over the second half of the load"
+    ours = rises[ON] - max(0, rises[OFF])
+    assert ours < DRIFT_MIB, f"host memory drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"

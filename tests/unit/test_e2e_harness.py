@@ -1,0 +1,177 @@
+"""tests/e2e against a fake server: what passes there must be able to fail."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+E2E = HERE.parent / "e2e"
+
+
+class Run:
+    """pytest on tests/e2e in a process of its own, against the fake server."""
+
+    def __init__(self, folder: Path, *args: str, **env: str):
+        self.folder = folder
+        command = [
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "-s",
+                E2E,
+                "--e2e-log-dir",
+                folder,
+                "--e2e-port",
+                free_port(),
+            ),
+            *("--e2e-command", shlex.join([sys.executable, str(E2E / "fake_server.py")]), "--e2e-requests", 40),
+            *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
+        ]
+        env = {"MARGIN": "1", "FAKE": "", "COLUMNS": "300", **env}
+        self.process = subprocess.Popen(
+            list(map(str, command)), env=os.environ | env, cwd=HERE.parents[1], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def result(self) -> tuple[str, str]:
+        """The summary line and all output."""
+        output, _ = self.process.communicate(timeout=120)
+        return output.splitlines()[-1], output
+
+
+_port = 21000 + os.getpid() % 4000
+
+
+def free_port() -> int:
+    """The first of two that are 1000 apart and free, with the next of each."""
+    global _port
+    while True:
+        _port += 2
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("127.0.0.1", _port))
+                other.bind(("127.0.0.1", _port + 1000))
+                return _port
+            except OSError:
+                continue
+
+
+SERVER = ("--e2e-draft-steps", "4", "-k", "test_server")
+RUNS = {
+    "good": (SERVER, {}),
+    "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,LEAK"}),
+    "bits": ((*SERVER[:2], "-k", "test_server and (one_call or abort)"), {"FAKE": "LOGPROB,NO_ABORT"}),
+    "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), {"FAKE": "TOKEN,FALLBACK"}),
+    "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
+    "two GPUs": (("-k", "two_gpus"), {"REFUSES_DP": "1"}),
+    "one rank": (("-k", "two_gpus and ranks"), {"FAKE": "ONE_RANK"}),
+    "terminated": ((*SERVER[:2], "-k", "test_server and load", "--e2e-minutes", "10"), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All at once: they mostly wait."""
+    found = {name: Run(tmp_path_factory.mktemp("e2e"), *args, **env) for name, (args, env) in RUNS.items()}
+    yield found
+    for run in found.values():
+        run.process.kill()
+
+
+def failures(output: str) -> dict[str, str]:
+    """Test -> what it failed with."""
+    return dict(re.findall(r"^FAILED \S+::(\w+)\S* - (.*)$", output, re.M))
+
+
+def servers_of(run: Run) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run.folder).encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            pass
+    return [one for one in found if "fake_server" in one and "--port" in one]
+
+
+def test_passes(runs):
+    summary, output = runs["good"].result()
+    assert "8 passed" in summary and "failed" not in summary, output
+    assert "of 40 answers identical" in output
+    assert not servers_of(runs["good"])
+
+
+def test_faults_fail(runs):
+    _, output = runs["faulty"].result()
+    expected = {
+        "test_log_line": "expected one line of an active plugin, got \\[\\]",
+        "test_one_call": "the draft tokens of one call differ",
+        "test_joining_and_leaving": "the output ids differ with the plugin on",
+        "test_above_the_largest_graph": "the output ids differ with the plugin on",
+        "test_load": "host memory drifts",
+    }
+    found = failures(output)
+    assert found.keys() == expected.keys(), output
+    for test, text in expected.items():
+        assert re.search(text, found[test]), found[test]
+    assert not servers_of(runs["faulty"])
+
+
+def test_differing_logprobs_and_unaborted_requests_fail(runs):
+    _, output = runs["bits"].result()
+    found = failures(output)
+    assert found.keys() == {"test_one_call", "test_abort"}, output
+    assert "the logprobs of one call differ" in found["test_one_call"]
+    assert "still decoding after its requests were aborted" in found["test_abort"]
+
+
+def test_differing_tokens_fail(runs):
+    _, output = runs["tokens"].result()
+    found = failures(output)
+    assert "fell back" in found["test_log_line"]
+    assert "differs at token" in output and "where upstream is decided by 1.000 nats" in output
+    assert found.keys() == {"test_log_line", "test_joining_and_leaving", "test_prefix_reuse"}, output
+
+
+def test_undecided_tokens_pass_unless_there_are_many(runs):
+    summary, output = runs["undecided"].result()
+    found = failures(output)
+    assert found.keys() == {"test_joining_and_leaving"} and "1 passed" in summary, output
+    assert "of upstream's own" in found["test_joining_and_leaving"]
+    assert "from an undecided token on, margins up to 0.010" in output
+
+
+def test_two_gpus(runs):
+    summary, output = runs["two GPUs"].result()
+    assert "3 passed, 3 skipped" in summary, output
+    assert "refuses data-parallel attention here: ValueError: no data-parallel attention" in output
+    _, output = runs["one rank"].result()
+    assert failures(output).keys() == {"test_active_on_both_ranks"}, output
+
+
+def test_skipped_without_a_gpu():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", E2E]
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "passed" not in done.stdout, done.stdout
+    assert "needs 1 GPU, there are 0" in done.stdout and "needs 2 GPUs, there are 0" in done.stdout
+
+
+def test_terminated_run_stops_its_servers(runs):
+    run = runs["terminated"]
+    while "ready after" not in run.process.stdout.readline():
+        assert run.process.poll() is None
+    assert len(servers_of(run)) == 2
+    run.process.terminate()
+    run.result()
+    assert run.process.returncode == 2 and not servers_of(run)
