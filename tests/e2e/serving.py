@@ -152,7 +152,13 @@ def running(configuration: Configuration, options: Options):
     pair = Pair(*(Server(side, configuration, options) for side in SIDES))
     before = servers.gpu_memory_mib()
     try:
-        servers.start(list(pair), options.ready_seconds)
+        try:
+            servers.start(list(pair), options.ready_seconds)
+        except Failed as error:
+            # Where both ended, whichever was seen first, it is not for the plugin.
+            if pair.off.process and servers.wait(lambda: pair.off.process.poll() is not None, 20):
+                raise pair.off.ended() from error
+            raise
         seconds = [server.ready_seconds for server in pair]
         console.print(f"\n{configuration.name}: ready after {seconds} s, logs in {options.log_dir}")
         yield pair
