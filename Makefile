@@ -1,10 +1,12 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
-# make test  the tests, then those with real sglang classes once for each sglang release; ARGS instead: pytest with these alone
+# make test  the tests, the kernels emulated on the host, then those with real sglang classes once for each sglang release;
+#            ARGS instead: pytest with these alone
 # make e2e   real servers with speculative decoding, plugin off and on; needs a GPU and all of sglang; ARGS as for pytest
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EMULATED := $(addprefix tests/unit/test_,copy.py generate.py verify.py)
 
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py sglang_nsa_fused/*/*.py)
 HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
@@ -16,6 +18,7 @@ run: $(VENV)/plugin
 test: $(VENV)/plugin
 ifeq ($(ARGS),)
 	$(VENV)/bin/pytest tests/unit tests/gpu
+	PYTHONPATH=tests/emulation $(VENV)/bin/pytest -q -p emulated $(EMULATED)
 	$(VENV)/bin/python tests/releases/matrix.py
 else
 	$(VENV)/bin/pytest $(ARGS)

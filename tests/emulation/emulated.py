@@ -1,0 +1,47 @@
+"""pytest plugin: the native library with its kernels emulated on the host, in place of the installed one.
+
+    PYTHONPATH=tests/emulation pytest -p emulated tests/unit/test_generate.py
+"""
+
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: CPU tensors alone
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "csrc"
+
+
+def build() -> Path:
+    """The library, made anew where a source has changed. Raises subprocess.CalledProcessError."""
+    import tvm_ffi.libinfo
+
+    files = sorted([*SOURCES.iterdir(), *HERE.rglob("*.*")])
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file()))
+    path = Path(tempfile.gettempdir()) / f"nsa-fused-emulated-{os.getuid()}-{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        includes = [HERE, SOURCES, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+        library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
+        partial = path.with_suffix(f".{os.getpid()}.so")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+        # A 16-byte access that is not aligned ends the process.
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", *(f"-I{folder}" for folder in includes)]
+        command += [str(SOURCES / "bindings.cc"), str(HERE / "emulate.cc"), str(library), f"-Wl,-rpath,{library.parent}"]
+        subprocess.run([*command, "-o", str(partial)], check=True)
+        partial.replace(path)
+    return path
+
+
+def pytest_configure() -> None:
+    import tvm_ffi
+
+    from sglang_nsa_fused import kernels
+
+    kernels.library = functools.lru_cache(None)(lambda: tvm_ffi.load_module(str(build())))
+
+
+def pytest_report_header() -> str:
+    return "kernels emulated on the host"
