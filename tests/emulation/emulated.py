@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
     from sglang_nsa_fused import kernels
 
-    kernels.library = functools.lru_cache(None)(lambda: tvm_ffi.load_module(str(build())))
+    setattr(kernels, "library", functools.lru_cache(None)(lambda: tvm_ffi.load_module(str(build()))))
 
 
 def pytest_report_header() -> str:
