@@ -177,7 +177,7 @@ def main(
         if one["name"].startswith("copy-part"):
             console.print(f"{one['name']:45} {one['metric']:9} {one['upstream']:8.1f} {one['ours']:8.1f}")
     path = out or default_path("copy", torch.cuda.get_device_name())
-    record.write(path, record.head("copy", commit or project_commit(), copy_rate_gb_per_s=round(rate / 1e3)), cases)
+    record.write(path, record.head("copy", commit or project_commit(), copy_rate_gb_per_s=round(rate / 1e3)), cases=cases)
     console.print(f"device-to-device copy {rate / 1e3:.0f} GB/s; wrote {path}")
 
 

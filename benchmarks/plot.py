@@ -3,25 +3,22 @@
     python -m benchmarks.plot
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
+from benchmarks.pages import load
+from sglang_nsa_fused.bench.plots import NAMES
 
 HERE = Path(__file__).parent
 RELEASE = "h100-0.5.12.post1"
 BATCHES = (1, 4, 16, 64)
 KINDS = {"draft": ("draft steps", "o"), "verify": ("target verify", "s"), "extend": ("draft extend", "^")}
-SIDES = {"upstream": ("sglang", "#d9822b"), "ours": ("with the plugin", "#2b6cb0")}
-
-
-def load(what: str) -> dict:
-    return json.loads((HERE / f"results/{what}-{RELEASE}.json").read_text())
 
 
 def draw_host(axes, cases: list[dict]) -> None:
     found = {case["name"]: case for case in cases if case["metric"] == "host_us"}
-    for side, (name, color) in SIDES.items():
+    for side, (name, color) in NAMES.items():
         for kind, (label, marker) in KINDS.items():
             values = [found[f"{kind}-n4-bs{bs}-len512"][side] for bs in BATCHES]
             axes.plot(range(len(BATCHES)), values, marker + "-", color=color, label=f"{label}, {name}")
@@ -33,7 +30,7 @@ def draw_host(axes, cases: list[dict]) -> None:
 
 def draw_steps(axes, cases: list[dict]) -> None:
     steps = sorted((case for case in cases if case["metric"] == "step_ms"), key=lambda case: case["name"])
-    for offset, (side, (name, color)) in zip((-0.2, 0.2), SIDES.items()):
+    for offset, (side, (name, color)) in zip((-0.2, 0.2), NAMES.items()):
         values = [case[side] for case in steps]
         low, high = ([abs(case["spread"][side][at] - case[side]) for case in steps] for at in (0, 1))
         places = [at + offset for at in range(len(steps))]
@@ -45,7 +42,7 @@ def draw_steps(axes, cases: list[dict]) -> None:
 
 
 def main() -> None:
-    replays, servers = load("replay"), load("server")
+    replays, servers = load("replay", RELEASE), load("server", RELEASE)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     draw_host(left, replays["cases"])
     draw_steps(right, servers["cases"])

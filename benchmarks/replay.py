@@ -13,7 +13,9 @@ from rich.console import Console
 from benchmarks.record import commit as project_commit
 from benchmarks.record import default_path
 from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.replay import CACHES, KINDS, Case, Classes, Results, names, numbers, run
+from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
+from sglang_nsa_fused.bench.replay import KINDS, names, numbers
+from sglang_nsa_fused.bench.servers import CACHES
 
 CONTEXT, SHORT, LONG = 163_840, 512, 131_072
 

@@ -27,6 +27,7 @@ from rich.table import Table
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
 from sglang_nsa_fused.bench import record, servers
+from sglang_nsa_fused.bench.probed import Probed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
@@ -62,20 +63,16 @@ class Run:
         return (self.end - self.start) / self.steps / 1e6
 
 
-class Server(servers.Server):
+class Server(Probed):
     def __init__(self, side: str, configuration: Configuration, index: int, args):
         name = f"{configuration.name}-{side}"
-        self.side, self.samples = side, args.log_dir / f"{name}-samples.jsonl"
-        env = servers.environment(side == OURS, args.site, args.log_dir / "probe") | {"SERVER_PROBE_FILE": str(self.samples)}
+        self.side = side
+        env = servers.environment(side == OURS, args.site, args.log_dir / "probe")
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
         tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
         flags += servers.size_flags(servers.HERE / "model", args.context_length, args.mem_fraction, tokens, max(args.batch))
         flags += shlex.split(args.server_flags)
         super().__init__(name, args.port + 2 * index, flags, env, args.log_dir, args.server_command)
-
-    def start(self) -> None:
-        self.samples.write_text("")
-        super().start()
 
     def generate(self, prompts: list, output_tokens: int) -> Run:
         params = {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
@@ -87,26 +84,14 @@ class Server(servers.Server):
             raise Failed(f"{self.side}: no verify steps: the server does not decode speculatively")
         return Run(start, end, steps, json.dumps([answer["output_ids"] for answer in answers]))
 
-    def samples_of(self, runs: list[Run]) -> list[dict]:
-        samples = map(json.loads, self.samples.read_text().splitlines())
-        return [sample for sample in samples if any(run.start <= sample["at"] <= run.end for run in runs)]
-
     def refreshes(self, runs: list[Run], bs: int) -> dict[str, list[float]]:
         """Kind -> microseconds, of full batches within these runs."""
         found = {kind: [] for kind in KINDS}
-        for sample in self.samples_of(runs):
-            if sample.get("kind") in found and sample["bs"] >= bs:
+        for sample in self.samples():
+            within = any(run.start <= sample["at"] <= run.end for run in runs)
+            if within and sample.get("kind") in found and sample["bs"] >= bs:
                 found[sample["kind"]].append(sample["ns"] / 1e3)
         return found
-
-    def keep_drafts(self, keep: bool) -> None:
-        """Has the probe keep draft tokens, at the price of a sync each step."""
-        flag = Path(f"{self.samples}.drafts")
-        flag.touch() if keep else flag.unlink(missing_ok=True)
-
-    def drafts(self, run: Run) -> list:
-        """The draft tokens of each request and step, in any order: requests may be batched in another one."""
-        return sorted(row for sample in self.samples_of([run]) for row in sample.get("drafts", []))
 
     def check_log(self) -> str:
         """The plugin's line, "" without the plugin. Raises Failed."""
@@ -149,7 +134,7 @@ def case(name: str, servers: list[Server], batch: int, length: int, args) -> tup
     for server in servers:
         server.check_log()
     problems = []
-    drafts = {server.side: server.drafts(checked[server.side]) for server in servers}
+    drafts = {server.side: server.drafts(checked[server.side].start, checked[server.side].end) for server in servers}
     draft_sha = {side: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] for side, rows in drafts.items()}
     distinct = {side: len({run.ids for run in found}) for side, found in runs.items()}
     # Where upstream does not repeat itself (its top-k takes tokens in any order, which shows beyond index_topk tokens),
@@ -194,15 +179,7 @@ class Results:
         self.configurations |= {one["name"]: one for one in configurations}
 
     def write(self) -> None:
-        def listed(entries) -> str:
-            return "[\n" + ",\n".join("  " + json.dumps(entry) for entry in entries) + "\n]"
-
-        text = json.dumps(self.head)[:-1] + ', "configurations": ' + listed(self.configurations.values())
-        text += ', "cases": ' + listed(self.cases.values()) + "}\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self.path)
+        record.write(self.path, self.head, configurations=self.configurations.values(), cases=self.cases.values())
 
     def print(self) -> None:
         spreads = (f"p10-p90 {side}" for side in SIDES)

@@ -1,6 +1,7 @@
 """Entry point: reads the gate, finds the release, installs the hooks. Imports only the standard library by itself."""
 
 import functools
+import importlib
 import logging
 
 logger = logging.getLogger("sglang_nsa_fused")
@@ -51,8 +52,6 @@ def install(settings, direct: bool = False) -> None:
 
 def _hook_registry():
     """None before sglang 0.5.11."""
-    import importlib
-
     try:
         return importlib.import_module("sglang.srt.plugins.hook_registry")
     except ModuleNotFoundError:
@@ -78,8 +77,6 @@ def find_release():
 
 def import_backend(release):
     """The module with upstream's classes, checked for the names that the subclasses rely on. Raises Unsupported."""
-    import importlib
-
     from sglang_nsa_fused import releases
 
     _, installed = find_release()

@@ -4,7 +4,6 @@ Every replay then waits for the GPU, so this is for a test, not for production.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 import torch
 
@@ -26,10 +25,7 @@ def verified(engine: Engine) -> Engine:
         return _compared(engine.copy_plan(mode, destinations), reference.copy_plan, mode, destinations)
 
     def generate_plan(mode: int, values: Values, destinations: Sequence) -> Callable:
-        def expect(mode: int, destinations: Sequence) -> Callable:
-            return lambda *batch: reference.generate(mode, values, destinations, *batch)
-
-        return _compared(engine.generate_plan(mode, values, destinations), expect, mode, destinations)
+        return _compared(engine.generate_plan(mode, values, destinations), _generation(values), mode, destinations)
 
     def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
         draft_tokens, topk, page_size, segment_len, num_sms, row_floor = sizes
@@ -45,16 +41,18 @@ def verified(engine: Engine) -> Engine:
         def generate(*batch) -> None:
             engine.generate_draft_extend(*batch, req_to_token, workspace, rows, cols, *sizes)
 
-        def expect(mode: int, destinations: Sequence) -> Callable:
-            return lambda *batch: reference.generate(mode, values, destinations, *batch)
-
-        _compared(generate, expect, reference.DRAFT_EXTEND, [destination])(seq_lens, req_pool_indices, extend_lens, bs)
+        generate = _compared(generate, _generation(values), reference.DRAFT_EXTEND, [destination])
+        generate(seq_lens, req_pool_indices, extend_lens, bs)
 
     return engine._replace(
         copy_plan=copy_plan,
         generate_plan=generate_plan if engine.generate_plan else None,
         generate_draft_extend=generate_draft_extend if engine.generate_draft_extend else None,
     )
+
+
+def _generation(values: Values) -> Callable:
+    return lambda mode, destinations: lambda *batch: reference.generate(mode, values, destinations, *batch)
 
 
 def _compared(run: Callable, expect: Callable, mode: int, destinations: Sequence) -> Callable:
@@ -78,7 +76,7 @@ def _clone(value):
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _difference(name: str, number: int, found: torch.Tensor, expected: torch.Tensor) -> Optional[str]:
+def _difference(name: str, number: int, found: torch.Tensor, expected: torch.Tensor) -> str:
     places = (found != expected).nonzero().tolist()
     first = tuple(places[0])
     return (

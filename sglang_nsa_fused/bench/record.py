@@ -4,6 +4,7 @@ import json
 import statistics
 from importlib.metadata import version
 from pathlib import Path
+from typing import Iterable
 
 SIDES = UPSTREAM, OURS = "upstream", "ours"
 
@@ -35,10 +36,10 @@ def this_machine() -> dict:
     return {"gpu": torch.cuda.get_device_name(), "sglang": version("sglang"), "torch": torch.__version__}
 
 
-def write(path: Path, head: dict, cases: list[dict]) -> None:
-    """One case a line, so that a diff shows which moved."""
-    lines = ",\n".join("  " + json.dumps(one) for one in cases)
+def write(path: Path, head: dict, **lists: Iterable[dict]) -> None:
+    """lists: cases, and what there is besides; one entry a line, so that a diff shows which moved."""
+    texts = [f'"{name}": [\n' + ",\n".join("  " + json.dumps(one) for one in entries) + "\n]" for name, entries in lists.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")  # an interrupted write leaves the file before it
-    partial.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
+    partial.write_text(", ".join([json.dumps(head)[:-1], *texts]) + "}\n")
     partial.replace(path)

@@ -23,7 +23,7 @@ class Result:
         self.path, self.head, self.cases, self.same_tokens = path, {}, [], {}
 
     def write(self) -> None:
-        record.write(self.path, self.head | {"same_tokens": self.same_tokens}, self.cases)
+        record.write(self.path, self.head | {"same_tokens": self.same_tokens}, cases=self.cases)
 
     def show(self, plot: Path | None) -> int:
         """Prints the table, and draws. The exit status: 1 where tokens differ."""

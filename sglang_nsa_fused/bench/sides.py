@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.probed import Probed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import Failed
 
@@ -51,21 +52,11 @@ class Attached:
         return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?")
 
 
-class Launched(servers.Server):
+class Launched(Probed):
     def __init__(self, side: str, name: str, port: int, setup: "Setup"):
         self.side, self.probed = side, setup.loader
         self.url = f"http://{servers.HOST}:{port}"
-        self.samples_file = setup.folder / f"{name}-samples.jsonl"
-        super().__init__(name, port, list(setup.flags), setup.environment(side, self.samples_file), setup.folder, setup.command)
-
-    def start(self) -> None:
-        self.samples_file.write_text("")
-        super().start()
-
-    def samples(self) -> list[dict]:
-        """The probe's, so far."""
-        lines = self.samples_file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+        super().__init__(name, port, list(setup.flags), setup.environment(side), setup.folder, setup.command)
 
     def check(self) -> None:
         """Raises Failed where the plugin's line does not agree with the side."""
@@ -100,10 +91,9 @@ class Setup:
     accept_length: float | None = None  # simulated by sglang's own switch
     command: str = servers.COMMAND
 
-    def environment(self, side: str, samples: Path) -> dict[str, str]:
+    def environment(self, side: str) -> dict[str, str]:
         probe = self.folder / "probe" if self.loader else None
         env = servers.environment(side == OURS, probe=probe, dense_prefill=self.dense_prefill, loader=self.loader)
-        env["SERVER_PROBE_FILE"] = str(samples)
         return env | ({"SGLANG_SIMULATE_ACC_LEN": str(self.accept_length)} if self.accept_length else {})
 
     def server(self, side: str, number: int | None = None) -> Launched:

@@ -22,6 +22,7 @@ from pathlib import Path
 import aiohttp
 
 from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.probed import Probed
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
 from sglang_nsa_fused.plugin import find_release
 
@@ -71,12 +72,10 @@ class Answer:
         return Answer(tuple(reply["output_ids"]), reply["meta_info"]["cached_tokens"])
 
 
-class Server(servers.Server):
+class Server(Probed):
     def __init__(self, side: str, configuration: Configuration, options):
-        folder = options.log_dir
-        self.side, self.samples = side, folder / f"{configuration.name}-{side}-samples.jsonl"
-        env = servers.environment(side == ON, probe=folder / "probe")
-        env |= {"SERVER_PROBE_FILE": str(self.samples), "SERVER_PROBE_WEIGHTS": "decisive"}
+        self.side, folder = side, options.log_dir
+        env = servers.environment(side == ON, probe=folder / "probe") | {"SERVER_PROBE_WEIGHTS": "decisive"}
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
         flags += [
             *("--model-path", servers.HERE / "model", "--context-length", CONTEXT, "--max-total-tokens", 3 * CONTEXT),
@@ -88,10 +87,6 @@ class Server(servers.Server):
         port = options.port + 1000 * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
 
-    def start(self) -> None:
-        self.samples.write_text("")
-        super().start()
-
     def log_from(self, mark: int) -> str:
         return self.log.read_bytes()[mark:].decode(errors="replace")
 
@@ -102,15 +97,6 @@ class Server(servers.Server):
     def batches(self, mark: int) -> list[tuple[int, bool]]:
         """Size of each decode batch since then, and whether it had a graph."""
         return [(int(size), graph == "True") for size, graph in DECODE.findall(self.log_from(mark))]
-
-    def keep_drafts(self, keep: bool) -> None:
-        flag = Path(f"{self.samples}.drafts")
-        flag.touch() if keep else flag.unlink(missing_ok=True)
-
-    def drafts(self, start: int, end: int) -> list:
-        """The draft tokens of each request and step, in any order: requests may be batched in another one."""
-        samples = [json.loads(line) for line in self.samples.read_text().splitlines()]
-        return sorted(row for sample in samples if start <= sample["at"] <= end for row in sample.get("drafts", []))
 
     def host_mib(self) -> float:
         """Anonymous memory of the scheduler processes."""

@@ -7,10 +7,10 @@ import torch
 from upstream import assert_equal_fields
 
 from sglang_nsa_fused import bare
-from sglang_nsa_fused.bench.replay import KINDS, Case, Classes, Results
+from sglang_nsa_fused.bench.refreshes import REFRESHES, Case, Classes, Results
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REFRESHES)
 @pytest.mark.parametrize("cache", ["bf16", "fp8"])
 def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache, monkeypatch):
     classes, case = Classes(upstream.device), Case(kind, 3, 2, 200, cache)
@@ -21,7 +21,7 @@ def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache, monkeypat
         monkeypatch.setattr(bare, name, lambda *args, make=make: made.append(make(*args)) or made[-1])
     found = []
     for side in ("upstream", "ours"):
-        KINDS[kind](classes, side, pool, case)()
+        REFRESHES[kind](classes, side, pool, case)()
         backend = made[-1].attn_backends[-1] if kind == "draft" else made[-1]
         assert isinstance(made[-1], classes.of[side][kind == "draft"])
         lengths = {"draft": [200] * 2, "verify": [201, 202, 203, 204] * 2, "extend": [201, 202, 203, 204] * 2}[kind]
