@@ -202,11 +202,11 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
       [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
 }
 
-// (forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, row_floor, topk_buckets: threshold
-// and most for each, req_to_token, num_splits or None, tile_metadata or None, and for each destination its length offset
-// and 12 tensors or None) -> a function that generates them: (seq_lens, req_pool_indices, extend_lens or None, bs)
+// (forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor, topk_buckets:
+// threshold and most for each, req_to_token, num_splits or None, tile_metadata or None, and for each destination its
+// length offset and 12 tensors or None) -> a function that generates them: (seq_lens, req_pool_indices, extend_lens or None, bs)
 void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
-  constexpr int kFirst = 12, kEach = 1 + kNumGenerated;
+  constexpr int kFirst = 13, kEach = 1 + kNumGenerated;
   if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
     TVM_FFI_THROW(TypeError) << "generate_plan: expected " << kFirst << " arguments and " << kEach
                              << " for each destination, got " << args.size();
@@ -217,12 +217,13 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
                             read_size(args[4], "nsa_index_topk"),
                             read_size(args[5], "page_size"),
                             read_size(args[6], "segment_len"),
-                            read_size(args[7], "row_floor"),
-                            read_topk_buckets(args[8])};
+                            read_size(args[7], "extra_last") != 0,
+                            read_size(args[8], "row_floor"),
+                            read_topk_buckets(args[9])};
   Reader read;
-  const View req_to_token = read(args[9], Form::kTable, {"req_to_token"});
-  const View num_splits = read(args[10], Form::kVector, {"flashmla_num_splits"});
-  const View tile_metadata = read(args[11], Form::kWhole, {"flashmla_metadata"});
+  const View req_to_token = read(args[10], Form::kTable, {"req_to_token"});
+  const View num_splits = read(args[11], Form::kVector, {"flashmla_num_splits"});
+  const View tile_metadata = read(args[12], Form::kWhole, {"flashmla_metadata"});
   const int num_dst = (args.size() - kFirst) / kEach;
   std::vector<GeneratePlan::Destination> dst(num_dst);
   for (int d = 0; d < num_dst; ++d) {
@@ -242,12 +243,12 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
 }
 
 // (seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols, num_draft_tokens,
-// nsa_index_topk, page_size, segment_len, num_sms, row_floor): a draft extend's tensors, one after another in the workspace:
-// schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages],
+// nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor): a draft extend's tensors, one after another in
+// the workspace: schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages],
 // cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows], nsa_cache_seqlens [rows], nsa_cu_seqlens_k
 // [rows + 1].
 void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
-  check_count(args, 14, "generate_draft_extend");
+  check_count(args, 15, "generate_draft_extend");
   Reader read;
   const Batch batch = read_batch(args, read);
   const View req_to_token = read(args[4], Form::kTable, {"req_to_token"});
@@ -259,9 +260,10 @@ void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
                             read_size(args[9], "nsa_index_topk"),
                             read_size(args[10], "page_size"),
                             read_size(args[11], "segment_len"),
-                            read_size(args[13], "row_floor"),
+                            read_size(args[12], "extra_last") != 0,
+                            read_size(args[14], "row_floor"),
                             {}};
-  const int64_t num_sms = read_size(args[12], "num_sms");
+  const int64_t num_sms = read_size(args[13], "num_sms");
   for (const auto& [name, value] : {std::pair{"rows", rows}, {"cols", cols}, {"bs", batch.bs}, {"num_sms", num_sms}})
     if (value < 1) refuse(name, ": expected 1 or more, got ", value);
   if (sizes.page_size < 1) refuse("page_size: expected 1 or more, got ", sizes.page_size);

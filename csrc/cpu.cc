@@ -21,16 +21,19 @@ void put(int32_t* dst, int64_t at, int32_t value) {
 }
 
 // row_lens: of all rows. Row by row, each SM's share of segments is handed out as it is reached.
-void write_schedule(const std::vector<int32_t>& row_lens, uint32_t segment_len, uint32_t num_sms, int32_t* schedule) {
+void write_schedule(const std::vector<int32_t>& row_lens, uint32_t segment_len, bool extra_last, uint32_t num_sms,
+                    int32_t* schedule) {
   std::vector<uint32_t> segments;
   uint32_t total = 0;
   for (const int32_t len : row_lens) {
     segments.push_back((static_cast<uint32_t>(len) + segment_len - 1) / segment_len);
     total += segments.back();
   }
+  const uint32_t more = total % num_sms, plain = num_sms - more;
   uint32_t row = 0, done = 0;  // rows passed, and the segments in them
   for (uint32_t sm = 0; sm <= num_sms; ++sm) {
-    const uint32_t begin = sm * (total / num_sms) + std::min(sm, total % num_sms);
+    const uint32_t extra = extra_last ? sm - std::min(sm, plain) : std::min(sm, more);
+    const uint32_t begin = sm * (total / num_sms) + extra;
     while (row < segments.size() && done + segments[row] <= begin) done += segments[row++];
     schedule[2 * sm] = row;
     schedule[2 * sm + 1] = begin - done;
@@ -111,7 +114,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
             table[n * dst.page_pitch + page] = src[page << p.page_shift] >> p.page_shift;
       }
     }
-    if (dst.field[kSchedule]) write_schedule(row_lens, p.segment_len, p.num_sms, dst.field[kSchedule]);
+    if (dst.field[kSchedule]) write_schedule(row_lens, p.segment_len, p.extra_last, p.num_sms, dst.field[kSchedule]);
     if (dst.field[kTopkPlan]) write_topk_plan(row_lens, p.topk_buckets, dst.field[kTopkPlan]);
     if (dst.field[kNumSplits]) std::copy_n(p.num_splits.src, p.num_splits.size, dst.field[kNumSplits]);
     if (dst.field[kTileMetadata]) std::copy_n(p.tile_metadata.src, p.tile_metadata.size, dst.field[kTileMetadata]);

@@ -13,6 +13,7 @@ struct GenerateSizes {
   int64_t num_draft_tokens;   // of target verify and draft extend
   int64_t nsa_index_topk, page_size;
   int64_t segment_len;        // 0: no schedule is written
+  bool extra_last;            // of a schedule
   int64_t row_floor;          // of draft extend: the least length of a row
   TopkBuckets topk_buckets;   // size 0: no plan of the top-k is written
 };
@@ -90,6 +91,7 @@ class GeneratePlan {
     p->nsa_index_topk = static_cast<int32_t>(sizes_.nsa_index_topk);
     while (int64_t{1} << p->page_shift < sizes_.page_size) ++p->page_shift;
     p->segment_len = static_cast<int32_t>(sizes_.segment_len);
+    p->extra_last = sizes_.extra_last;
     p->topk_buckets = sizes_.topk_buckets;
     p->num_splits = {num_splits_.data, static_cast<int32_t>(num_splits_.cols)};
     p->tile_metadata = {tile_metadata_.data, static_cast<int32_t>(tile_metadata_.cols)};

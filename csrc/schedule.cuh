@@ -48,7 +48,8 @@ __device__ void write_schedule(const GenerateParams<kCapacity>& p, const Generat
   __syncthreads();
   const Segments* begins = shared.begins;
   const uint32_t total = shared.total, each = total / p.num_sms, more = total % p.num_sms;
-  const auto first_segment = [&](uint32_t sm) { return sm * each + min(sm, more); };
+  const uint32_t plain = p.extra_last ? p.num_sms - more : 0;  // SMs before those with one segment more
+  const auto first_segment = [&](uint32_t sm) { return sm * each + (sm > plain ? min(sm - plain, more) : 0); };
   auto* schedule = reinterpret_cast<uint32_t*>(dst.field[kSchedule]);  // [num_sms + 1, 2]
 
   Segments before{};

@@ -7,7 +7,7 @@ import torch
 
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine
-from sglang_nsa_fused.planners import Planners
+from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
@@ -60,9 +60,9 @@ class DraftExtend:
         pages = (cols + self._page_size - 1) // self._page_size
         is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         scheduled = self._num_sms and (self._v2_schedule or not is_v2)
-        segment_len = self._planners.segment_len(rows, self._req_to_token.device) if scheduled else 0
+        form = self._planners.schedule_form(rows, self._req_to_token.device) if scheduled else NO_FORM
 
-        schedule_size = 2 * (self._num_sms + 1) if segment_len else 0
+        schedule_size = 0 if form is NO_FORM else 2 * (self._num_sms + 1)
         sizes = (schedule_size, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
         workspace = torch.empty(sum(sizes), dtype=torch.int32, device=self._req_to_token.device)
         self._generate(
@@ -75,7 +75,7 @@ class DraftExtend:
             rows,
             cols,
             *self._sizes,
-            segment_len,
+            *form,
             max(self._num_sms, 1),
             self._floor,
         )
@@ -86,7 +86,7 @@ class DraftExtend:
         if self._flashmla:
             flashmla = self._planners.flashmla(self._backend, rows)
             flashmla = flashmla or self._planners.flashmla_of(self._backend, nsa_lens)
-        if segment_len:
+        if form is not NO_FORM:
             schedule = schedule.view(-1, 2)
         else:
             schedule = self._planners.schedule(expanded, bs) if scheduled else None

@@ -120,8 +120,8 @@ def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tenso
 def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
     generate = library().generate_plan(
         mode,
-        *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size, values.segment_len),
-        values.row_floor,
+        *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size),
+        *(values.segment_len, values.extra_last, values.row_floor),
         tuple(number for bucket in values.topk_buckets for number in bucket),
         *(values.req_to_token, values.num_splits, values.tile_metadata),
         *(
@@ -137,7 +137,8 @@ def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Opt
 @functools.lru_cache(None)
 def _native_draft_extend() -> Callable:
     """A function of seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols,
-    num_draft_tokens, nsa_index_topk, page_size, segment_len, num_sms, row_floor that writes a draft extend's metadata.
+    num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor that writes a draft extend's
+    metadata.
 
     workspace: int32, of the schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols],
     real_page_table [rows, pages], cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows],

@@ -18,6 +18,7 @@ class Values(NamedTuple):
     nsa_index_topk: int
     page_size: int
     segment_len: int = 0  # tokens that DeepGEMM schedules as one; 0: no destination holds a schedule
+    extra_last: bool = False  # the SMs with one segment more are the last ones, as from DeepGEMM 0.1.4 on, not the first
     num_splits: Optional[torch.Tensor] = None  # int32 [rows + 1], FlashMLA's for this number of rows
     tile_metadata: Optional[torch.Tensor] = None  # int32 [num_sm_parts, 8]
     row_floor: int = -(1 << 31)  # of draft extend: the least length of a row

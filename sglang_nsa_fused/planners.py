@@ -4,10 +4,11 @@ Decided at capture, by comparison with the installed functions over vectors of l
 """
 
 import functools
+import itertools
 import logging
 import math
 from types import ModuleType
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 
@@ -18,7 +19,17 @@ from sglang_nsa_fused.releases import Release
 
 logger = logging.getLogger("sglang_nsa_fused")
 
-SEGMENT_LENS = (256, 128, 512, 64, 1024)  # tokens that one SM takes at once: 256 on SM90; the rest for other kernels
+
+class ScheduleForm(NamedTuple):
+    """A DeepGEMM's way to schedule, see `Values`."""
+
+    segment_len: int
+    extra_last: bool
+
+
+NO_FORM = ScheduleForm(0, False)
+# 256 on SM90; the rest for other kernels.
+SCHEDULE_FORMS = tuple(ScheduleForm(*form) for form in itertools.product((256, 128, 512, 64, 1024), (False, True)))
 LONGEST = 1 << 18
 POISON = -7
 # Of the top-k v2, (threshold, most rows): up to 0.5.20, then Hopper's and Blackwell's.
@@ -35,7 +46,7 @@ class Planners:
     def __init__(self, release: Release, module: ModuleType, engine: Engine):
         self._release, self._module = release, module
         self._engine = engine
-        self._segment_lens: dict[int, int] = {}
+        self._schedule_forms: dict[int, ScheduleForm] = {}
         self._flashmla: dict[tuple, object] = {}
         self._topk_buckets: dict[int, Optional[tuple]] = {}
         self._said: set[str] = set()
@@ -62,23 +73,23 @@ class Planners:
         """The same for lengths in the form that this release hands to DeepGEMM."""
         return self._deep_gemm[0](context_lens, 64, self.num_sms())
 
-    def segment_len(self, rows: int, device: str) -> int:
-        """The segment length with which our schedule is DeepGEMM's for so many rows; 0: with none, use theirs."""
-        if rows not in self._segment_lens:
+    def schedule_form(self, rows: int, device: str) -> ScheduleForm:
+        """The form in which our schedule is DeepGEMM's for so many rows; NO_FORM: in none, use theirs."""
+        if rows not in self._schedule_forms:
             expected = [(lengths, self.schedule(lengths, rows)) for lengths in length_vectors(rows, device)]
-            found = (n for n in SEGMENT_LENS if all(self._matches(n, *pair) for pair in expected))
-            self._segment_lens[rows] = next(found, 0)
-            if not self._segment_lens[rows]:
+            found = (form for form in SCHEDULE_FORMS if all(self._matches(form, *pair) for pair in expected))
+            self._schedule_forms[rows] = next(found, NO_FORM)
+            if self._schedule_forms[rows] is NO_FORM:
                 self._say("deep_gemm's schedule has a form that this plugin does not know; deep_gemm is called for it")
-        return self._segment_lens[rows]
+        return self._schedule_forms[rows]
 
-    def _matches(self, segment_len: int, lengths: torch.Tensor, expected: torch.Tensor) -> bool:
+    def _matches(self, form: ScheduleForm, lengths: torch.Tensor, expected: torch.Tensor) -> bool:
         if expected.dtype != torch.int32 or expected.dim() != 2 or expected.shape[1] != 2 or len(expected) < 2:
             return False
         rows, device = len(lengths), lengths.device
         schedule = torch.full_like(expected, -1)
         slots = torch.zeros(rows, dtype=torch.int64, device=device)
-        values = Values(slots.int().view(1, -1), rows, rows, 1, 1, 64, segment_len)
+        values = Values(slots.int().view(1, -1), rows, rows, 1, 1, 64, *form)
         plan = ReplayPlan(reference.DECODE, [(None,) * 9 + (schedule, None, None)], self._engine, values)
         plan.generate(lengths, slots, None, rows)
         return torch.equal(schedule, expected)
@@ -156,15 +167,17 @@ def bucket_vectors(rows: int, device: str) -> list[torch.Tensor]:
 
 
 def length_vectors(rows: int, device: str) -> list[torch.Tensor]:
-    """72 int32 vectors [rows]: equal lengths at powers of two and beside block boundaries, mixed ones, some with zeros."""
+    """72 int32 vectors [rows]: equal lengths at powers of two and beside block boundaries, mixed ones, some with zeros.
+
+    None is of zeros alone: DeepGEMM from 0.1.4 on then reads past its shared memory where the rows fill blocks of 32.
+    """
     generator = torch.Generator().manual_seed(rows)
     equal = {1 << power for power in range(19)} | {n + d for n in (64, 128, 256, 512, 2048, 65536) for d in (-1, 1)}
     vectors = [torch.full((rows,), length) for length in sorted(equal)]
-    vectors.append(torch.zeros(rows, dtype=torch.int64))
     while len(vectors) < 72:
         exponent = torch.rand(rows, generator=generator) * math.log2(LONGEST)
         mixed = (2**exponent).long()
         if len(vectors) % 4 == 0:
-            mixed[torch.rand(rows, generator=generator) < 0.3] = 0
+            mixed[1:][torch.rand(rows - 1, generator=generator) < 0.3] = 0
         vectors.append(mixed)
     return list(torch.stack(vectors).to(torch.int32).to(device))

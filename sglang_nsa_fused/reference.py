@@ -85,7 +85,7 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
         if tiles is not None:
             tiles.view(-1)[: values.tile_metadata.numel()] = values.tile_metadata.view(-1)
         if schedule is not None:
-            schedule.copy_(paged_mqa_schedule(row_lens, values.segment_len, len(schedule) - 1))
+            schedule.copy_(paged_mqa_schedule(row_lens, values.segment_len, len(schedule) - 1, values.extra_last))
         if topk_plan is not None:
             made = topk_v2_plan(row_lens, values.topk_buckets)
             topk_plan.view(-1)[: made.numel()] = made.view(-1)
@@ -108,14 +108,15 @@ def topk_v2_plan(lengths, buckets):
     return torch.cat([head, torch.stack([rows.to(lengths.dtype), lengths[rows]], 1)])
 
 
-def paged_mqa_schedule(lengths, segment_len, num_sms):
+def paged_mqa_schedule(lengths, segment_len, num_sms, extra_last=False):
     """DeepGEMM's schedule, int32 [num_sms + 1, 2]: the row and the segment of segment_len tokens in it where each SM
-    begins, so that all have as many segments. lengths: int32 [rows]."""
+    begins, so that all have as many segments, or one more: the first of them, or the last. lengths: int32 [rows]."""
     segments = ((lengths.long() + segment_len - 1) & 0xFFFFFFFF) // segment_len  # unsigned arithmetic, as there
     ends = segments.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     sm = torch.arange(num_sms + 1, device=lengths.device)
-    first = sm * (total // num_sms) + sm.clamp(max=total % num_sms)
+    more = total % num_sms
+    first = sm * (total // num_sms) + ((sm - num_sms + more).clamp(min=0) if extra_last else sm.clamp(max=more))
     row = torch.searchsorted(ends, first, right=True)
     begins = torch.cat([ends.new_zeros(1), ends])
     return torch.stack([row, first - begins[row]], 1).to(torch.int32)

@@ -9,7 +9,7 @@ import torch
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine
 from sglang_nsa_fused.plan import ReplayPlan, Values
-from sglang_nsa_fused.planners import Planners
+from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 
 
@@ -75,13 +75,13 @@ class Replay:
         lens_2d = [getattr(m, release.captured_lens_2d) if release.captured_lens_2d else None for m in self._metadatas]
         # On Blackwell target verify is scheduled by requests, each with its length for every draft token.
         by_request = lens_2d[0] is not None and lens_2d[0].shape[1] > 1
-        segment_len, flashmla = 0, None
+        form, flashmla = NO_FORM, None
         if by_request:
             lens_2d = [None] * len(lens_2d)
             self._after.append(self._refresh_schedule_by_request)
         elif self._has_schedule:
-            segment_len = self._planners.segment_len(rows, backend.device)
-            if not segment_len:
+            form = self._planners.schedule_form(rows, backend.device)
+            if form is NO_FORM:
                 self._after.append(self._refresh_schedule)
         if metadata.flashmla_metadata is not None:
             flashmla = None if variable else self._planners.flashmla(backend, rows)
@@ -99,7 +99,7 @@ class Replay:
                 self._after.remove(self._refresh_topk_v2_plan)
             if buckets:
                 topk_plans = [getattr(m, release.topk_v2_plan) for m in self._metadatas]
-        tensors += (schedule if segment_len else none, lens_2d, topk_plans)
+        tensors += (none if form is NO_FORM else schedule, lens_2d, topk_plans)
         values = Values(
             req_to_token=getattr(backend, release.req_to_token),
             bs=bs,
@@ -107,7 +107,8 @@ class Replay:
             num_draft_tokens=getattr(backend, release.draft_tokens) or 1,
             nsa_index_topk=getattr(backend, release.index_topk),
             page_size=getattr(backend, release.page_size),
-            segment_len=segment_len,
+            segment_len=form.segment_len,
+            extra_last=form.extra_last,
             num_splits=flashmla.num_splits if flashmla is not None else None,
             tile_metadata=flashmla.flashmla_metadata if flashmla is not None else None,
             row_floor=release.floor,

@@ -32,7 +32,7 @@ def generate(generate_plan: Callable, device: str) -> None:
         shapes = [(BS,), (BS + 1,), (rows, WIDTH), (rows,), (rows,), (rows + 1,), (rows, 3), None, None, (5, 2), (rows, 1), (rows + 1, 2)]
         values = SimpleNamespace(
             req_to_token=pool, bs=BS, rows=rows, num_draft_tokens=draft_tokens, nsa_index_topk=100, page_size=64,
-            segment_len=64, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(0,),
+            segment_len=64, extra_last=False, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(0,),
             topk_buckets=((10, 1), (100, 2)),
         )  # fmt: skip
         got, expected = _poisoned(shapes, device), _poisoned(shapes, device)

@@ -28,7 +28,7 @@ def verified(engine: Engine) -> Engine:
         return _compared(engine.generate_plan(mode, values, destinations), _generation(values), mode, destinations)
 
     def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
-        draft_tokens, topk, page_size, segment_len, num_sms, row_floor = sizes
+        draft_tokens, topk, page_size, segment_len, extra_last, num_sms, row_floor = sizes
         pages = (cols + page_size - 1) // page_size
         shapes = ((num_sms + 1, 2) if segment_len else (0,), (rows, cols), (rows, pages), (bs,), (bs + 1,), (rows,), (rows,),
                   (rows + 1,))  # fmt: skip
@@ -36,7 +36,7 @@ def verified(engine: Engine) -> Engine:
         schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = map(torch.Tensor.view, parts, shapes)
         none = schedule if segment_len else None
         destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, none, None, None)
-        values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, row_floor=row_floor)
+        values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, extra_last, row_floor=row_floor)
 
         def generate(*batch) -> None:
             engine.generate_draft_extend(*batch, req_to_token, workspace, rows, cols, *sizes)

@@ -73,6 +73,7 @@ def make(
     slot_dtype: torch.dtype = torch.int64,
     topk: int = 2048,
     segment_len: int = 256,
+    extra_last: bool = False,
     num_sms: int = 132,
     captured_bs: int = 0,
     row_floor: int = -(1 << 31),
@@ -114,7 +115,7 @@ def make(
         return torch.randint(1, 1 << 30, shape, dtype=torch.int32, generator=generator).to(device)
 
     values = Values(
-        pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len,
+        pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len, extra_last,
         plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, topk_buckets,
         len_offsets,
     )  # fmt: skip

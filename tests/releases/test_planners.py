@@ -42,14 +42,14 @@ def test_a_schedule_of_unknown_form_is_deep_gemms(upstream, planner, mode, caplo
 
 
 def test_one_differing_vector_is_enough(upstream, planner):
-    planner(lambda schedule, lengths: schedule + int((lengths == 0).all()))
+    planner(lambda schedule, lengths: schedule + int((lengths == 2048).all()))
     off, on = upstream.graphs("DECODE", 4)
     assert all(after(on._replays[bs]) == ["_refresh_schedule"] for bs in CAPTURE_BS)
 
 
-@pytest.mark.parametrize("segment_len", [128, 512])
-def test_other_segments_are_found(upstream, planner, segment_len):
-    planner(lambda schedule, lengths: reference.paged_mqa_schedule(lengths, segment_len, len(schedule) - 1))
+@pytest.mark.parametrize("form", [(128, False), (512, False), (256, True)])
+def test_other_schedules_are_found(upstream, planner, form):
+    planner(lambda schedule, lengths: reference.paged_mqa_schedule(lengths, form[0], len(schedule) - 1, form[1]))
     off, on = upstream.graphs("TARGET_VERIFY", 4)
     assert not any(after(on._replays[bs]) for bs in CAPTURE_BS)
     replay_both(upstream, off, on, "TARGET_VERIFY")
@@ -103,3 +103,4 @@ def test_enough_vectors_are_compared():
     values = {int(n) for vector in vectors for n in vector}
     assert {0, 1, 63, 65, 127, 129, 255, 257, 1 << 18} <= values
     assert sum(len(vector.unique()) > 3 for vector in vectors) > 20
+    assert all(vector.any() for rows in (1, 7, 32) for vector in planners.length_vectors(rows, "cpu"))

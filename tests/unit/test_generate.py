@@ -94,11 +94,13 @@ def test_any_field_alone(device):
         make(device, TARGET_VERIFY, leave_out=tuple(other for other in NAMES if other != name)).run()
 
 
+@pytest.mark.parametrize("extra_last", [False, True])
 @pytest.mark.parametrize("segment_len", [64, 128, 256, 512])
 @pytest.mark.parametrize("num_sms", [1, 78, 132, 148])
-def test_schedules(device, segment_len, num_sms):
+def test_schedules(device, segment_len, num_sms, extra_last):
     for mode in MODES:
-        make(device, mode, bs=37, longest=9000, segment_len=segment_len, num_sms=num_sms).run()
+        for bs, longest in ((37, 9000), (3, 700)):
+            make(device, mode, bs=bs, longest=longest, segment_len=segment_len, num_sms=num_sms, extra_last=extra_last).run()
 
 
 def test_a_schedule_of_nothing(device):
