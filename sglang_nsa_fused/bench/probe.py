@@ -150,11 +150,14 @@ def out_graph(init, backend, forward_batch, in_capture=False):
 
 
 def kind_of(forward_mode) -> str:
-    return "verify" if forward_mode.is_target_verify() else "extend" if forward_mode.is_draft_extend(True) else "decode"
+    """Of upstream's ForwardMode; "other" for one that no graph is captured in."""
+    from sglang_nsa_fused.replay import mode_of
+
+    return {0: "decode", 1: "verify", 2: "extend"}.get(mode_of(forward_mode), "other")
 
 
 def eager(init, backend, forward_batch):
-    if not forward_batch.forward_mode.is_draft_extend(include_v2=True):
+    if kind_of(forward_batch.forward_mode) != "extend":
         return init(backend, forward_batch)
     return timed("extend", forward_batch.batch_size, init, backend, forward_batch)
 
