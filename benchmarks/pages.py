@@ -29,10 +29,10 @@ def rows_of(header: list[str], rows: list[list]) -> str:
 
 
 def size(case: dict) -> tuple:
-    """For the order: kind, draft steps, cache, tokens, batch."""
+    """For the order: kind, draft steps, cache and what else is apart, tokens, batch."""
     name = case["name"]
     n, bs, length = (int(re.search(rf"\b{key}(\d+)", name)[1]) for key in ("n", "bs", "len"))
-    return name.partition("-n")[0] if not name.startswith("n") else "", n, name.rsplit("-", 1)[-1], length, bs
+    return name.partition("-n")[0] if not name.startswith("n") else "", n, re.split(r"-len\d+-?", name)[1], length, bs
 
 
 def server(of: str) -> str:

@@ -9,9 +9,11 @@ the same.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import shlex
 import signal
@@ -26,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import record, servers
+from sglang_nsa_fused.bench import record, servers, small_model
 from sglang_nsa_fused.bench.probed import Probed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
@@ -37,16 +39,24 @@ KINDS = {
     "draft graph": ("gpu_draft_us", ""),
 }  # fmt: skip
 SETTLE_SECONDS = 1.5  # the probe writes each half second
+LAYERS = 3  # of the target model, unless given
 
 
 @dataclass(frozen=True)
 class Configuration:
     draft_steps: int
     cache: str
+    layers: int
+    one_core: bool
+
+    def named(self, case: str) -> str:
+        """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
+        more = f"-layers{self.layers}" * (self.layers != LAYERS) + "-1core" * self.one_core
+        return f"n{self.draft_steps}-{case}{self.cache}{more}"
 
     @property
     def name(self) -> str:
-        return f"n{self.draft_steps}-{self.cache}"
+        return self.named("")
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ class Server(Probed):
         env = servers.environment(side == OURS, args.site, args.log_dir / "probe")
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
         tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
-        flags += servers.size_flags(servers.HERE / "model", args.context_length, args.mem_fraction, tokens, max(args.batch))
+        model = small_model.write(args.log_dir / f"model-{configuration.layers}", configuration.layers, small_model.EXPERTS)
+        flags += servers.size_flags(model, args.context_length, args.mem_fraction, tokens, max(args.batch))
         flags += shlex.split(args.server_flags)
         super().__init__(name, args.port + 2 * index, flags, env, args.log_dir, args.server_command)
 
@@ -99,6 +110,18 @@ class Server(Probed):
         if len(lines) != expected:
             raise Failed(f"{self.side}: expected {expected} line of an active plugin, got {lines}{self.tail()}")
         return "".join(lines)
+
+
+def pin(up: list[Server]) -> None:
+    """All threads of each server to a core of its own, none of them the first; what they start later inherits that."""
+    cores = sorted(os.sched_getaffinity(0))[1:]
+    if len(cores) < len(up):
+        raise Failed(f"--one-core: expected more than {len(up)} cores for so many servers, got {len(cores) + 1}")
+    for core, server in zip(cores, up):
+        for pid in servers.session_members([server.process]):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), {core})
 
 
 def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, Run]]:
@@ -204,6 +227,8 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
     up = [server for pair in pairs.values() for server in pair]
     try:
         servers.start(up, min(deadline - time.monotonic(), args.ready_seconds), args.start == "together")
+        if args.one_core:
+            pin(up)
         for configuration, pair in pairs.items():
             problems += measure_one(configuration, pair, results, args, deadline)
     except Failed as error:
@@ -222,7 +247,7 @@ def measure_one(configuration: Configuration, pair: list[Server], results: Resul
     found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": "".join([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
     for batch, length in args.case:
-        name, began = f"n{configuration.draft_steps}-bs{batch}-len{length}-{configuration.cache}", time.monotonic()
+        name, began = configuration.named(f"bs{batch}-len{length}-"), time.monotonic()
         if deadline - began < longest:
             problems.append(f"{name}: not measured, too little time is left")
             continue
@@ -256,6 +281,8 @@ def parse(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("--draft-steps", type=int, nargs="+", default=[3, 4], metavar="N", help="--speculative-num-steps of the servers")
     add("--cache", nargs="+", choices=CACHES, default=["bf16"], help="KV cache and with it the attention backends")
+    add("--layers", type=int, nargs="+", default=[LAYERS], help="of the target model")
+    add("--one-core", action="store_true", help="a slow host: each server has one core of its own once it is up")
     add("--batch", type=int, nargs="+", default=[1, 8], help="requests at a time")
     add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")
     add("--case", type=batch_and_length, nargs="+", metavar="BATCHxLEN", help="instead of all of --batch with all of --len")
@@ -294,7 +321,10 @@ def parse(argv) -> argparse.Namespace:
 def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
-    configurations = [Configuration(steps, cache) for cache in args.cache for steps in args.draft_steps]
+    configurations = [
+        Configuration(steps, cache, layers, args.one_core)
+        for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
+    ]
     try:
         for first in range(0, len(configurations), args.at_once):
             group, began = configurations[first : first + args.at_once], time.monotonic()
