@@ -151,9 +151,11 @@ def out_graph(init, backend, forward_batch, in_capture=False):
 
 def kind_of(forward_mode) -> str:
     """Of upstream's ForwardMode; "other" for one that no graph is captured in."""
+    from sglang_nsa_fused import reference
     from sglang_nsa_fused.replay import mode_of
 
-    return {0: "decode", 1: "verify", 2: "extend"}.get(mode_of(forward_mode), "other")
+    kinds = {reference.DECODE: "decode", reference.TARGET_VERIFY: "verify", reference.DRAFT_EXTEND: "extend"}
+    return kinds.get(mode_of(forward_mode), "other")
 
 
 def eager(init, backend, forward_batch):
