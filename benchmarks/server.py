@@ -48,10 +48,11 @@ class Configuration:
     cache: str
     layers: int
     one_core: bool
+    control: bool
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
-        more = f"-layers{self.layers}" * (self.layers != LAYERS) + "-1core" * self.one_core
+        more = f"-layers{self.layers}" * (self.layers != LAYERS) + "-1core" * self.one_core + "-control" * self.control
         return f"n{self.draft_steps}-{case}{self.cache}{more}"
 
     @property
@@ -76,8 +77,8 @@ class Run:
 class Server(Probed):
     def __init__(self, side: str, configuration: Configuration, index: int, args):
         name = f"{configuration.name}-{side}"
-        self.side = side
-        env = servers.environment(side == OURS, args.site, args.log_dir / "probe")
+        self.side, self.plugin = side, side == OURS and not configuration.control
+        env = servers.environment(self.plugin, args.site, args.log_dir / "probe")
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
         tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
         model = small_model.write(args.log_dir / f"model-{configuration.layers}", configuration.layers, small_model.EXPERTS)
@@ -106,7 +107,7 @@ class Server(Probed):
 
     def check_log(self) -> str:
         """The plugin's line, "" without the plugin. Raises Failed."""
-        lines, expected = self.plugin_lines(), int(self.side == OURS)  # there is one scheduler process
+        lines, expected = self.plugin_lines(), int(self.plugin)  # there is one scheduler process
         if len(lines) != expected:
             raise Failed(f"{self.side}: expected {expected} line of an active plugin, got {lines}{self.tail()}")
         return "".join(lines)
@@ -291,6 +292,7 @@ def parse(argv) -> argparse.Namespace:
     # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
     add("--warmup", type=int, default=2, help="rounds before them")
     help_start = "staggered: the second when the first is ready"
+    add("--control", action="store_true", help="both sides without the plugin: how much two processes of sglang differ")
     add("--start", choices=["together", "staggered"], default="together", help=help_start)
     add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
@@ -322,7 +324,7 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
     configurations = [
-        Configuration(steps, cache, layers, args.one_core)
+        Configuration(steps, cache, layers, args.one_core, args.control)
         for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
     ]
     try:

@@ -1,8 +1,5 @@
 """The benchmark's probe reads this release's classes."""
 
-import importlib
-import inspect
-
 from sglang_nsa_fused.bench import probe
 
 
