@@ -28,18 +28,10 @@ from rich.table import Table
 
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import record, servers, small_model
-from sglang_nsa_fused.bench.probed import Probed
+from sglang_nsa_fused.bench import record, servers, sides, small_model
+from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
-
-# What the probe times: kind -> (metric, what the case's name gets).
-KINDS = {
-    "draft": ("host_us", "-draft"), "verify": ("host_us", "-verify"), "extend": ("host_us", "-extend"),
-    "draft graph": ("gpu_draft_us", ""),
-}  # fmt: skip
-SETTLE_SECONDS = 1.5  # the probe writes each half second
-LAYERS = 3  # of the target model, unless given
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Configuration:
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
-        more = f"-layers{self.layers}" * (self.layers != LAYERS) + "-1core" * self.one_core + "-control" * self.control
+        more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core + "-control" * self.control
         return f"n{self.draft_steps}-{case}{self.cache}{more}"
 
     @property
@@ -95,15 +87,6 @@ class Server(Probed):
         if not steps:
             raise Failed(f"{self.side}: no verify steps: the server does not decode speculatively")
         return Run(start, end, steps, json.dumps([answer["output_ids"] for answer in answers]))
-
-    def refreshes(self, runs: list[Run], bs: int) -> dict[str, list[float]]:
-        """Kind -> microseconds, of full batches within these runs."""
-        found = {kind: [] for kind in KINDS}
-        for sample in self.samples():
-            within = any(run.start <= sample["at"] <= run.end for run in runs)
-            if within and sample.get("kind") in found and sample["bs"] >= bs:
-                found[sample["kind"]].append(sample["ns"] / 1e3)
-        return found
 
     def check_log(self) -> str:
         """The plugin's line, "" without the plugin. Raises Failed."""
@@ -173,13 +156,13 @@ def case(name: str, servers: list[Server], batch: int, length: int, args) -> tup
         problems.append(f"{name}: the output ids differ ({distinct[OURS]} different outputs in {args.repeats} repeats)")
     steps = {side: statistics.median(run.steps for run in found) for side, found in runs.items()}
     step_ms = {side: [run.step_ms for run in found] for side, found in runs.items()}
-    refreshes = {server.side: server.refreshes(runs[server.side], batch) for server in servers}
+    refreshes = {server.side: sides.refreshes(server.samples(), runs[server.side], batch) for server in servers}
     sha_of = {"output_sha": output_sha, "draft_sha": draft_sha, "distinct_outputs": distinct}
     results = [result(name, "step_ms", step_ms, verify_steps=steps, **sha_of)]
-    for kind, (metric, suffix) in KINDS.items():
+    for kind, (part, metric) in sides.KINDS.items():
         if all(found[kind] for found in refreshes.values()):
             us = {side: found[kind] for side, found in refreshes.items()}
-            results.append(result(name + suffix, metric, us, **sha_of))
+            results.append(result(f"{name}-{part}" if part else name, metric, us, **sha_of))
         else:
             problems.append(f"{name}: the probe saw no {kind} of a full batch")
     return results, problems
@@ -282,7 +265,7 @@ def parse(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("--draft-steps", type=int, nargs="+", default=[3, 4], metavar="N", help="--speculative-num-steps of the servers")
     add("--cache", nargs="+", choices=CACHES, default=["bf16"], help="KV cache and with it the attention backends")
-    add("--layers", type=int, nargs="+", default=[LAYERS], help="of the target model")
+    add("--layers", type=int, nargs="+", default=[small_model.LAYERS], help="of the target model")
     add("--one-core", action="store_true", help="a slow host: each server has one core of its own once it is up")
     add("--batch", type=int, nargs="+", default=[1, 8], help="requests at a time")
     add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")

@@ -32,8 +32,8 @@ class ReplayPlan:
     mode: 0 decode, 1 target verify, 2 draft extend.
     destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
         destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
-        [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory; a tensor that several backends
-        share in the same place is written once. Kept alive by the plan.
+        [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory;
+        a tensor that several backends share in the same place is written once. Kept alive by the plan.
     engine: what carries it out; None: the best for their device.
 
     Raises TypeError or ValueError, naming the parameter and the destination's number, for tensors that do not fit.

@@ -29,7 +29,8 @@ def generate(generate_plan: Callable, device: str) -> None:
     slots = torch.tensor([2, 0, 3], device=device)
     for mode in (reference.DECODE, reference.TARGET_VERIFY, reference.DRAFT_EXTEND):
         rows = BS if mode == reference.DECODE else BS * draft_tokens
-        shapes = [(BS,), (BS + 1,), (rows, WIDTH), (rows,), (rows,), (rows + 1,), (rows, 3), None, None, (5, 2), (rows, 1), (rows + 1, 2)]
+        shapes = [(BS,), (BS + 1,), (rows, WIDTH), (rows,), (rows,), (rows + 1,), (rows, 3), None, None, (5, 2), (rows, 1)]
+        shapes += [(rows + 1, 2)]
         values = SimpleNamespace(
             req_to_token=pool, bs=BS, rows=rows, num_draft_tokens=draft_tokens, nsa_index_topk=100, page_size=64,
             segment_len=64, extra_last=False, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(0,),

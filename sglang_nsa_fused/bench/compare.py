@@ -3,6 +3,8 @@ are the same."""
 
 import statistics
 
+import numpy
+
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.drive import Run
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
@@ -36,7 +38,7 @@ def latencies(runs: list[Run]) -> dict[str, float]:
         "tokens_per_s": tokens / sum((run.end - run.start) / 1e9 for run in runs),
         "ttft_ms": statistics.median(answer.ttft_ms for answer in answers),
     }
-    if gaps := sorted(gap for answer in answers for gap in answer.itl_ms):
+    if gaps := [gap for answer in answers for gap in answer.itl_ms]:
         found |= {f"itl_p{part}_ms": percentile(gaps, part) for part in (50, 90, 99)}
     for metric in ("tpot_ms", "step_ms"):
         if values := [value for answer in answers if (value := getattr(answer, metric)) is not None]:
@@ -44,12 +46,8 @@ def latencies(runs: list[Run]) -> dict[str, float]:
     return found | ({"accept_length": tokens / steps} if steps else {})
 
 
-def percentile(ordered: list[float], part: float) -> float:
-    """Interpolated, as numpy's. ordered: ascending."""
-    at = (len(ordered) - 1) * part / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+def percentile(values: list[float], part: float) -> float:
+    return float(numpy.percentile(values, part))
 
 
 def paired_p(upstream: list[float], ours: list[float]) -> float:

@@ -32,7 +32,7 @@ def launchable() -> dict:
     """This machine, as `servers.machine`, fit for servers. Raises Failed."""
     machine = servers.machine()
     if machine["gpu"] is None:
-        raise Failed("no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`")
+        raise Failed(servers.NO_GPU)
     if release_of(machine) is None:
         raise Failed(f"sglang {machine['sglang']} is not supported; supported are {releases.supported_versions()}")
     if not machine["loader"]:

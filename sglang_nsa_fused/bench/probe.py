@@ -149,6 +149,7 @@ def out_graph(init, backend, forward_batch, in_capture=False):
     return timed(kind_of(forward_batch.forward_mode), forward_batch.batch_size, init, backend, forward_batch)
 
 
+@functools.lru_cache(None)
 def kind_of(forward_mode) -> str:
     """Of upstream's ForwardMode; "other" for one that no graph is captured in."""
     from sglang_nsa_fused import reference

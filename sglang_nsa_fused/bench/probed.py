@@ -5,6 +5,8 @@ from pathlib import Path
 
 from sglang_nsa_fused.bench import servers
 
+SETTLE_SECONDS = 1.5  # the probe looks and writes each half second
+
 
 class Probed(servers.Server):
     """As `servers.Server`; env: of `servers.environment` with a probe. Its samples lie beside its log."""

@@ -47,7 +47,7 @@ class Classes:
         self.module = bare.import_upstream(self.release, device)
         upstream = getattr(self.module, self.release.backend), getattr(self.module, self.release.multi_step)
         fused = backends.subclasses(self.release, plugin.import_backend(self.release), version, Settings(True, True, None))
-        self.of = {"upstream": upstream, "ours": fused}
+        self.of = dict(zip(SIDES, (upstream, fused)))
 
 
 def draft(classes: Classes, side: str, pool, case: Case) -> Callable:

@@ -5,7 +5,7 @@ from typing import Annotated, Callable, Iterable
 
 import typer
 
-from sglang_nsa_fused.bench.servers import CACHES
+from sglang_nsa_fused.bench.servers import CACHES, NO_GPU
 
 KINDS = ("draft", "verify", "extend")
 
@@ -68,7 +68,7 @@ def replay(
         raise typer.Exit(2)
 
     if not torch.cuda.is_available():
-        fail("no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`")
+        fail(NO_GPU)
     try:
         classes = Classes()
     except Unsupported as error:

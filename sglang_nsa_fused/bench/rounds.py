@@ -70,12 +70,8 @@ class Book:
 def values(runs: list[Run], samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
     """(part, metric) -> value, of one side in one round."""
     found = {("", metric): value for metric, value in compare.latencies(runs).items()}
-    refreshes = defaultdict(list)
-    for sample in samples:
-        # Of full batches: while requests come and go there are others.
-        if "kind" in sample and sample["bs"] >= case.concurrency and any(run.start <= sample["at"] <= run.end for run in runs):
-            refreshes[sample["kind"]].append(sample["ns"] / 1e3)
-    return found | {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if kind in sides.KINDS}
+    refreshes = sides.refreshes(samples, runs, case.concurrency)
+    return found | {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if us}
 
 
 def peak_mib(samples: list[dict]) -> float | None:

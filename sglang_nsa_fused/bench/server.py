@@ -29,7 +29,7 @@ def server(
     rounds: Annotated[int, Option(min=1, help="Pairs of measurements, for each case; 6 at least to show a difference.")] = 9,
     warmup: Annotated[int, Option(min=0, help="Runs before them, of each case and server.")] = 2,
     repeats: Annotated[int, Option(min=1, help="With --one-at-a-time: runs after each start.")] = 3,
-    layers: Annotated[int, Option(min=1, help="Of the small model with random weights.")] = 3,
+    layers: Annotated[int, Option(min=1, help="Of the small model with random weights.")] = small_model.LAYERS,
     experts: Annotated[int, Option(help="Of the small model.")] = small_model.EXPERTS,
     model_path: Annotated[Optional[str], Option(help="A real model, for sglang's --model-path.")] = None,
     draft_steps: Annotated[int, Option(min=2, max=16, help="--speculative-num-steps of the servers.")] = 4,

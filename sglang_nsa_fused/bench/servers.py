@@ -27,6 +27,7 @@ COMMAND = f"{shlex.quote(sys.executable)} -m sglang.launch_server"
 # NSA (DSA) backend and cache dtype of each kind of cache.
 CACHES = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}
 REQUEST_SECONDS = 300
+NO_GPU = "no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`"
 # Not sglang's note that it warms up less "to avoid out of memory".
 OUT_OF_MEMORY = re.compile(r"(?<!avoid )out of memory|OutOfMemoryError|Not enough memory", re.I)
 NOT_ACTIVE = re.compile(r"sglang-nsa-fused: not active: .*")
@@ -156,9 +157,9 @@ def environment(
     """
     own = {name: value for name, value in os.environ.items() if name not in (GATE, GATE_DSA, REQUIRED)}
     path = [str(Path(entry).resolve()) for entry in (site or own.get("PYTHONPATH", "")).split(os.pathsep) if entry]
-    plugins = ["nsa_fused"] * plugin + ["server_probe"] * (probe is not None)
+    plugins = ["nsa_fused"] * plugin + ["server_probe"] * (probe is not None) or ["none"]  # an empty list would let all load
     path = [*([str(probe)] if probe else []), *path]
-    own |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", ALLOWLIST: ",".join(plugins) or "none"}  # where it is empty all are loaded
+    own |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", ALLOWLIST: ",".join(plugins)}
     own.setdefault("CUDA_HOME", "/usr/local/cuda")
     if not dense_prefill:
         own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}

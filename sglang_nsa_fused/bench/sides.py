@@ -7,14 +7,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.probed import Probed
+from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import Failed
 
 LABELS = {UPSTREAM: "off", OURS: "on"}
-SETTLE_SECONDS = 1.0  # the probe writes each half second
 # The probe's kind of sample -> (part of a case, metric).
 KINDS = {
     "draft": ("draft", "host_us"),
@@ -105,3 +105,14 @@ class Setup:
 def settle(target) -> None:
     if target.probed:
         time.sleep(SETTLE_SECONDS)
+
+
+def refreshes(samples: list[dict], runs: Iterable, bs: int) -> dict[str, list[float]]:
+    """Kind -> microseconds, of full batches within these runs: while requests come and go there are others. runs: each with
+    start and end, nanoseconds of perf_counter."""
+    found = {kind: [] for kind in KINDS}
+    for sample in samples:
+        within = any(run.start <= sample["at"] <= run.end for run in runs)
+        if within and sample.get("kind") in found and sample["bs"] >= bs:
+            found[sample["kind"]].append(sample["ns"] / 1e3)
+    return found

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 CONFIG = Path(__file__).parent / "model" / "config.json"
+LAYERS = 3  # unless given
 EXPERTS = 16  # the least and the step: the router takes the best two of each of 8 groups, and 8 experts of 4 groups
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import aiohttp
 
 from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.probed import Probed
+from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
 from sglang_nsa_fused.plugin import find_release
 
@@ -34,7 +34,6 @@ CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
 ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
 DRIFT_MIB = 64  # over the second half of the load
-SETTLE_SECONDS = 1.2  # the probe looks and writes each half second
 
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
 PREFILL = re.compile(r"Prefill batch.*?#new-token: (\d+)")
@@ -77,12 +76,8 @@ class Server(Probed):
         self.side, folder = side, options.log_dir
         env = servers.environment(side == ON, probe=folder / "probe") | {"SERVER_PROBE_WEIGHTS": "decisive"}
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
-        flags += [
-            *("--model-path", servers.HERE / "model", "--context-length", CONTEXT, "--max-total-tokens", 3 * CONTEXT),
-            # Free memory is the whole GPU's, the other server's use subtracted: high, so that --max-total-tokens decides.
-            *("--mem-fraction-static", 0.9, "--max-running-requests", RUNNING),
-            *("--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags),
-        ]
+        flags += servers.size_flags(servers.HERE / "model", CONTEXT, 0.9, 3 * CONTEXT, RUNNING)
+        flags += ["--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags]
         # Apart by more than the ports that data-parallel attention derives from the first.
         port = options.port + 1000 * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
