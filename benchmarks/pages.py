@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.cases import parse
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/performance.md"
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
@@ -20,7 +22,9 @@ def load(what: str, of: str) -> dict:
 
 
 def by_name(results: dict, metric: str) -> dict[str, dict]:
-    return {case["name"]: case for case in results["cases"] if case["metric"] == metric}
+    """In the order in which cases are listed."""
+    found = [case for case in results["cases"] if case["metric"] == metric]
+    return {case["name"]: case for case in sorted(found, key=lambda case: parse(case["name"]))}
 
 
 def rows_of(header: list[str], rows: list[list]) -> str:
@@ -28,18 +32,11 @@ def rows_of(header: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def size(case: dict) -> tuple:
-    """For the order: kind, draft steps, cache and what else is apart, tokens, batch."""
-    name = case["name"]
-    n, bs, length = (int(re.search(rf"\b{key}(\d+)", name)[1]) for key in ("n", "bs", "len"))
-    return name.partition("-n")[0] if not name.startswith("n") else "", n, re.split(r"-len\d+-?", name)[1], length, bs
-
-
 def server(of: str) -> str:
     results = load("server", of)
     host, graph = by_name(results, "host_us"), by_name(results, "gpu_draft_us")
     rows = []
-    for case in sorted(by_name(results, "step_ms").values(), key=size):
+    for case in by_name(results, "step_ms").values():
         spread = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in ("upstream", "ours")]
         kinds = [host.get(f"{case['name']}-{kind}") for kind in ("draft", "verify", "extend")]
         refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
@@ -54,7 +51,7 @@ def replay(of: str) -> str:
     results = load("replay", of)
     others = {metric: by_name(results, metric) for metric in ("gpu_us", "launches", "syncs")}
     rows = []
-    for case in sorted(by_name(results, "host_us").values(), key=size):
+    for case in by_name(results, "host_us").values():
         gpu, launches, syncs = (others[metric][case["name"]] for metric in ("gpu_us", "launches", "syncs"))
         rows.append([case["name"], f"{case['upstream']:.0f} → {case['ours']:.0f}", f"{case['ratio']:.1f}",
                      f"{gpu['upstream']:.1f} → {gpu['ours']:.1f}", f"{launches['upstream']:.0f} → {launches['ours']:.0f}",
@@ -65,7 +62,9 @@ def replay(of: str) -> str:
 def estimate(of: str) -> str:
     """Per case what a step saved, and its share of a step that takes so long on the GPU."""
     rows = []
-    for case in sorted(by_name(load("server", of), "step_ms").values(), key=size):
+    for case in by_name(load("server", of), "step_ms").values():
+        if parse(case["name"]).control:
+            continue
         saved = case["upstream"] - case["ours"]
         rows.append([case["name"], f"{saved:.1f}", *(f"{saved / (step + saved):.0%}" for step in FULL_STEPS)])
     return rows_of(["case", "saved ms", *(f"of {step} ms + saved" for step in FULL_STEPS)], rows)

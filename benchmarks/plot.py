@@ -1,54 +1,91 @@
-"""The README's picture, from the committed results of the replays and of the servers.
+"""The pictures of the README and of docs/performance.md, from the committed results.
 
     python -m benchmarks.plot
 """
 
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from benchmarks.cases import Case, parse
 from benchmarks.pages import load
-from sglang_nsa_fused.bench.plots import NAMES
+from sglang_nsa_fused.bench.plots import NAMES, draw, save
 
-HERE = Path(__file__).parent
-RELEASE = "h100-0.5.12.post1"
+DOCS = Path(__file__).parents[1] / "docs"
+README = "h100-0.5.12.post1"
+RELEASES = (README, "h100-0.5.17")
 BATCHES = (1, 4, 16, 64)
-KINDS = {"draft": ("draft steps", "o"), "verify": ("target verify", "s"), "extend": ("draft extend", "^")}
+KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
+# Of a server's case -> how a picture calls it along its axis, and one value of it.
+DIMENSIONS = {
+    "length": ("input tokens", "{:,} tokens"),
+    "batch": ("batch", "batch {}"),
+    "draft_steps": ("draft steps", "{} draft steps"),
+    "layers": ("layers", "{} layers"),
+}
 
 
-def draw_host(axes, cases: list[dict]) -> None:
-    found = {case["name"]: case for case in cases if case["metric"] == "host_us"}
-    for side, (name, color) in NAMES.items():
-        for kind, (label, marker) in KINDS.items():
-            values = [found[f"{kind}-n4-bs{bs}-len512"][side] for bs in BATCHES]
-            axes.plot(range(len(BATCHES)), values, marker + "-", color=color, label=f"{label}, {name}")
-    axes.set(title="Host time of one refresh, 4 draft steps, 512 tokens", xlabel="batch", ylabel="us", yscale="log")
-    axes.set(ylim=(4, 20000), xticks=range(len(BATCHES)), xticklabels=BATCHES)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize=7, loc="upper left")
+def of_metric(results: dict, metric: str) -> list[tuple[Case, dict]]:
+    found = [(parse(case["name"]), case) for case in results["cases"] if case["metric"] == metric]
+    return sorted((pair for pair in found if not pair[0].control), key=lambda pair: pair[0])
 
 
-def draw_steps(axes, cases: list[dict]) -> None:
-    steps = sorted((case for case in cases if case["metric"] == "step_ms"), key=lambda case: case["name"])
+def host_of_each(cases: list[tuple[Case, dict]], axes) -> None:
+    """Of refreshes measured alone, by batch."""
+    found = [(of, case) for of, case in cases if (of.draft_steps, of.length, of.cache) == (4, 512, "") and of.batch in BATCHES]
+    groups = {label: [(of.batch, case) for of, case in found if of.kind == kind] for kind, label in KINDS.items()}
+    draw(axes, groups, "Host time of one refresh, 4 draft steps, 512 tokens", "batch", "us", log=True)
+
+
+def gpu_by_batch(cases: list[tuple[Case, dict]], kind: str, axes) -> None:
+    found = [(of, case) for of, case in cases if (of.kind, of.draft_steps, of.cache) == (kind, 4, "")]
+    groups: dict[str, list] = {}
+    for of, case in found:
+        groups.setdefault(f"{of.length:,} tokens", []).append((of.batch, case))
+    draw(axes, groups, f"GPU time of one refresh: {KINDS[kind]}", "batch", "us", log=True)
+
+
+def steps_of_all(cases: list[tuple[Case, dict]], axes) -> None:
+    names = [case["name"] for _, case in cases]
     for offset, (side, (name, color)) in zip((-0.2, 0.2), NAMES.items()):
-        values = [case[side] for case in steps]
-        low, high = ([abs(case["spread"][side][at] - case[side]) for case in steps] for at in (0, 1))
-        places = [at + offset for at in range(len(steps))]
-        axes.barh(places, values, 0.38, xerr=(low, high), color=color, label=name, error_kw={"elinewidth": 0.8})
+        values = [case[side] for _, case in cases]
+        spread = [[abs(case["spread"][side][at] - case[side]) for _, case in cases] for at in (0, 1)]
+        places = [at + offset for at in range(len(names))]
+        axes.barh(places, values, 0.38, xerr=spread, color=color, label=name, error_kw={"elinewidth": 0.8})
     axes.set(title="One speculative step in a server", xlabel="ms, median, 10th to 90th percentile")
-    axes.set_yticks(range(len(steps)), [case["name"] for case in steps], fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=7, loc="upper right")
 
 
-def main() -> None:
-    replays, servers = load("replay", RELEASE), load("server", RELEASE)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    draw_host(left, replays["cases"])
-    draw_steps(right, servers["cases"])
-    figure.suptitle(f"{servers['gpu']}, sglang {servers['sglang']}", fontsize=9, color="#5f6368")
-    for kind in ("svg", "png"):
-        figure.savefig(HERE.parent / f"docs/gain.{kind}", dpi=110, metadata={"Date": None} if kind == "svg" else None)
+def along(cases: list[tuple[Case, dict]], dimension: str) -> tuple[str, dict[str, list]]:
+    """The cases that differ in this dimension and in the cache alone, where most do: (what they share, cache -> (tick, case))."""
+    alike: dict[Case, list] = {}
+    for of, case in cases:
+        alike.setdefault(of.but(**{dimension: 0, "cache": ""}), []).append((of, case))
+    shared, found = max(alike.items(), key=lambda one: (len({getattr(of, dimension) for of, _ in one[1]}), -one[0].length))
+    groups: dict[str, list] = {}
+    for of, case in found:
+        groups.setdefault(of.cache, []).append((getattr(of, dimension), case))
+    fixed = [one.format(getattr(shared, other)) for other, (_, one) in DIMENSIONS.items() if other != dimension]
+    return ", ".join(fixed) + ", one core" * shared.one_core, {cache: one for cache, one in groups.items() if len(one) > 1}
+
+
+def step_along(cases: list[tuple[Case, dict]], dimension: str):
+    """A panel, or None where nothing was measured at two places of this dimension."""
+    shared, groups = along(cases, dimension)
+    return partial(draw, groups=groups, title=shared, xlabel=DIMENSIONS[dimension][0], ylabel="step, ms") if groups else None
+
+
+def main(folder: Path = DOCS) -> None:
+    for release in RELEASES:
+        replays, servers = load("replay", release), load("server", release)
+        steps = of_metric(servers, "step_ms")
+        if release == README:
+            save(servers, folder / "gain.png", partial(host_of_each, of_metric(replays, "host_us")), partial(steps_of_all, steps))
+        gpu = of_metric(replays, "gpu_us")
+        save(replays, folder / f"gpu-{release}.png", *(partial(gpu_by_batch, gpu, kind) for kind in KINDS))
+        panels = [panel for dimension in DIMENSIONS if (panel := step_along(steps, dimension))]
+        save(servers, folder / f"step-{release}.png", *panels)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def draw(axes, groups: dict[str, list[tuple]], title: str, xlabel: str, ylabel: 
             line(axes, ticks, found, side, marker, label)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     axes.set_xticks(range(len(ticks)), ticks)
-    if not log:
-        axes.set_ylim(bottom=0)
+    low, high = axes.get_ylim()
+    axes.set_ylim((low, high * 10) if log else (0, high * 1.2))  # room for the legend
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
 
 
 def by_length(cases: list[dict], metric: str) -> dict[str, list[tuple]]:
