@@ -41,12 +41,23 @@ def sample(**what) -> None:
             file.write(json.dumps({"at": time.perf_counter_ns(), **what}) + "\n")
 
 
+def output_ids(prompt: list, total: int, alone: bool = True) -> list[int]:
+    """alone: no other request may be in the batch, or those of the same call."""
+    ids = [(sum(prompt) + at) % 1000 for at in range(total)]
+    if fake("TOKENS") and answered > 2:
+        ids[3] += 1
+    if fake("UNSTEADY") or (os.environ.get("FAKE_ROUNDS") and not alone):
+        ids[5] += answered
+    return ids
+
+
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        self.answer(b'{"version": "0.5.12.post1"}' if self.path == "/get_server_info" else b"")
+        info = {"version": "0.5.12.post1", "dp_size": int(os.environ.get("FAKE_DP_SIZE", 1))}
+        self.answer(json.dumps(info).encode() if self.path == "/server_info" else b"")
 
     def answer(self, body: bytes, status: int = 200):
         self.send_response(status)
@@ -57,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         global answered
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/flush_cache":
-            return self.answer(b"")
+            return self.answer(b"", 400 if fake("KEEPS_CACHE") else 200)
         answered += 1
         if fake("DIE_LATE") and answered > 6:
             say("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
@@ -69,12 +80,10 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(600)
         self.send_response(200)
         self.end_headers()
-        total, prompt = request["sampling_params"]["max_new_tokens"], request["input_ids"]
-        ids, steps = [(sum(prompt) + at) % 1000 for at in range(total)], 0
-        if fake("TOKENS") and answered > 2:
-            ids[3] += 1
-        if fake("UNSTEADY"):
-            ids[5] += answered
+        total, prompts = request["sampling_params"]["max_new_tokens"], request["input_ids"]
+        if not request.get("stream"):
+            return self.wfile.write(json.dumps([{"output_ids": output_ids(prompt, total)} for prompt in prompts]).encode())
+        ids, steps = output_ids(prompts, total, alone=False), 0
         for end in [1, *range(1 + STEP_TOKENS, total, STEP_TOKENS), total]:
             time.sleep(STEP_SECONDS)
             steps += end > 1

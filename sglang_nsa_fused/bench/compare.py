@@ -100,18 +100,23 @@ def first_difference(upstream: tuple, ours: tuple) -> str | None:
     return None
 
 
-def same_tokens(rounds: list[dict[str, list[Run]]], repeats: dict[str, list[Run]]) -> tuple[bool | None, str]:
+def same_tokens(rounds: list[dict[str, list[Run]]], repeats: dict[str, list[tuple]]) -> tuple[bool | None, str]:
     """(whether they are, None where it cannot be said; why not).
 
-    repeats: runs of one round's prompts, each with an empty prefix cache. Where sglang does not repeat itself (its top-k
-    takes tokens in any order, which shows beyond index_topk tokens), there is nothing to compare with.
+    rounds: those whose batches are the same on both sides. repeats: output ids of one call, each time with an empty prefix
+    cache. Where sglang does not repeat itself (its top-k takes tokens in any order, which shows beyond index_topk tokens),
+    there is nothing to compare with.
     """
-    if len({run.output_ids for run in repeats.get(UPSTREAM, [])}) > 1:
+    if any(side not in repeats for side in SIDES):
+        return None, "it ended before"
+    if len(set(repeats[UPSTREAM])) > 1:
         return None, "sglang's own outputs differ from repeat to repeat"
-    repeated = all(side in repeats for side in SIDES)
-    pairs = [(f"round {number + 1}", one) for number, one in enumerate(rounds)] + [("repeats", repeats)] * repeated
-    for name, sides in pairs:
-        for upstream, ours in zip(sides[UPSTREAM], sides[OURS]):
-            if difference := first_difference(upstream.output_ids, ours.output_ids):
-                return (False if repeated else None), f"{name}, {difference}"
-    return (True, "") if pairs else (None, "nothing was compared")
+    pairs = [
+        (f"round {number}", upstream.output_ids, ours.output_ids)
+        for number, one in enumerate(rounds, 1)
+        for upstream, ours in zip(one[UPSTREAM], one[OURS])
+    ]
+    for name, upstream, ours in [*pairs, *(("repeats", *pair) for pair in zip(repeats[UPSTREAM], repeats[OURS]))]:
+        if difference := first_difference(upstream, ours):
+            return False, f"{name}, {difference}"
+    return True, ""

@@ -130,10 +130,14 @@ async def generate(session: aiohttp.ClientSession, url: str, body: bytes) -> Ans
     return chunks.answer()
 
 
+def greedy(output_tokens: int) -> dict:
+    return {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
+
+
 async def run(url: str, prompts: list[list[int]], output_tokens: int, seconds: float) -> Run:
     """All prompts at once, greedily, for exactly so many tokens. Raises Refused, aiohttp.ClientError or, when it takes more
     than `seconds`, asyncio.TimeoutError."""
-    params = {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
+    params = greedy(output_tokens)
     bodies = [json.dumps({"input_ids": one, "sampling_params": params, "stream": True}).encode() for one in prompts]
     connections = aiohttp.TCPConnector(limit=0)
     limit = aiohttp.ClientTimeout(total=seconds)
@@ -141,6 +145,17 @@ async def run(url: str, prompts: list[list[int]], output_tokens: int, seconds: f
         start = time.perf_counter_ns()
         answers = await asyncio.gather(*(generate(session, url, body) for body in bodies))
         return Run(start, time.perf_counter_ns(), tuple(answers))
+
+
+async def one_call(url: str, prompts: list[list[int]], output_tokens: int, seconds: float) -> tuple[tuple[int, ...], ...]:
+    """The output ids of these prompts, sent in one call: they reach the scheduler in one message, so that it batches them
+    alike each time, and what it batches decides how logits are rounded. Raises as `run`."""
+    body = {"input_ids": prompts, "sampling_params": greedy(output_tokens)}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds)) as session:
+        async with session.post(f"{url}/generate", json=body) as reply:
+            if reply.status != 200:
+                raise Refused(f"status {reply.status}: {(await reply.text())[:500]}")
+            return tuple(tuple(answer["output_ids"]) for answer in await reply.json(content_type=None))
 
 
 async def empty_cache(url: str, tries: int = 20) -> bool:

@@ -10,13 +10,13 @@ from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.report import console
 from sglang_nsa_fused.bench.rounds import Book, Options
 from sglang_nsa_fused.bench.servers import Failed
-from sglang_nsa_fused.bench.sides import Attached, Setup
+from sglang_nsa_fused.bench.sides import Attached, Setup, server_info
 
 
 def attached(urls: tuple[str, str]) -> tuple[dict[str, Attached], dict]:
     """(side -> server, what they run on). Raises Failed."""
     targets = {side: Attached(side, url.rstrip("/")) for side, url in zip(SIDES, urls)}
-    versions = {side: target.version() for side, target in targets.items()}
+    versions = {side: server_info(target).get("version") for side, target in targets.items()}
     if versions[UPSTREAM] != versions[OURS]:
         raise Failed(
             f"--attach: expected servers of one sglang, got {versions[UPSTREAM]} and {versions[OURS]}; start both with one"

@@ -10,7 +10,7 @@ import aiohttp
 
 from sglang_nsa_fused.bench import compare, drive, servers, sides
 from sglang_nsa_fused.bench.drive import Case, Run
-from sglang_nsa_fused.bench.record import OURS, SIDES
+from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 
 CHECKS = 3  # repeats of the same prompts, which tell whether sglang repeats itself
 
@@ -32,8 +32,9 @@ class Book:
 
     def __init__(self):
         self.runs: dict[Case, dict[int, dict[str, list[Run]]]] = defaultdict(lambda: defaultdict(dict))
-        self.repeats: dict[Case, dict[str, list[Run]]] = defaultdict(dict)
+        self.repeats: dict[Case, dict[str, list[tuple]]] = defaultdict(dict)  # output ids of the same call
         self.targets: dict[int, dict[str, object]] = defaultdict(dict)  # by the round that they began with
+        self.dp_size = 1
 
     def target(self, number: int, side: str):
         return self.targets[max(begun for begun in self.targets if begun <= number)][side]
@@ -62,7 +63,13 @@ class Book:
         found = {}
         for case in self.runs:
             if rounds := list(self.whole(case).values()):
-                same, why = compare.same_tokens(rounds, self.repeats[case])
+                if case.concurrency == 1:
+                    same, why = compare.same_tokens(rounds, self.repeats[case])
+                elif self.dp_size == 1:
+                    # Requests that are sent one by one meet in other batches in each round.
+                    same, why = compare.same_tokens([], self.repeats[case])
+                else:
+                    same, why = None, "data-parallel ranks batch the requests of one call as they come"
                 found[case.name] = {"same": same, "why": why}
         return found
 
@@ -85,29 +92,37 @@ def order(number: int) -> tuple[str, ...]:
     return SIDES if number % 2 == 0 else SIDES[::-1]
 
 
-def ask(target, case: Case, prompts: int, options: Options) -> Run:
-    """Raises servers.Failed."""
+def answered(target, request):
+    """What this coroutine of `drive` gives. Raises servers.Failed."""
     try:
-        return asyncio.run(drive.run(target.url, case.prompts(prompts), options.output_tokens, options.request_seconds))
+        return asyncio.run(request)
     except (drive.Refused, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
         raise target.failure(error) from error
 
 
-def repeat(target, case: Case, options: Options) -> list[Run]:
-    """The first round's prompts again, each time with an empty prefix cache."""
+def ask(target, case: Case, prompts: int, options: Options) -> Run:
+    """Raises servers.Failed."""
+    return answered(target, drive.run(target.url, case.prompts(prompts), options.output_tokens, options.request_seconds))
+
+
+def repeat(target, case: Case, options: Options) -> list[tuple]:
+    """The output ids of the first round's prompts in one call, each time with an empty prefix cache. Raises servers.Failed."""
     found = []
     for _ in range(CHECKS):
-        try:
-            asyncio.run(drive.empty_cache(target.url))
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise target.failure(error) from error
-        found.append(ask(target, case, 0, options))
+        if not answered(target, drive.empty_cache(target.url)):
+            raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
+        call = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds)
+        found.append(answered(target, call))
     return found
+
+
+def dp_size(target) -> int:
+    return sides.server_info(target).get("dp_size") or 1
 
 
 def interleaved(targets: dict[str, object], options: Options, book: Book, step: Callable[[str], None], save: Callable[[], None]):
     """Both sides are up, and answer in turn. step: called after each run with its name; save: after each case."""
-    book.targets[0] = targets
+    book.targets[0], book.dp_size = targets, dp_size(targets[UPSTREAM])
     for case in options.cases:
         for number in range(-options.warmup, options.rounds):
             for side in order(number):
@@ -132,7 +147,7 @@ def one_at_a_time(start: Callable, options: Options, book: Book, step: Callable[
             try:
                 servers.start([server], options.ready_seconds)
                 server.check()
-                book.targets[number][side] = server
+                book.targets[number][side], book.dp_size = server, dp_size(server)
                 for case in options.cases:
                     for warmup in range(-options.warmup, 0):
                         ask(server, case, warmup, options)

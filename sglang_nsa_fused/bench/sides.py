@@ -24,6 +24,17 @@ KINDS = {
 }
 
 
+def server_info(target) -> dict:
+    """What a server says of itself, its "version" and arguments among it; empty where it does not. Raises Failed."""
+    try:
+        with urllib.request.urlopen(f"{target.url}/server_info", timeout=30) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError:
+        return {}
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise target.failure(error) from error
+
+
 class Attached:
     """A server that runs already. url: without a slash at the end."""
 
@@ -31,16 +42,6 @@ class Attached:
 
     def __init__(self, side: str, url: str):
         self.side, self.url = side, url
-
-    def version(self) -> str | None:
-        """Of its sglang; None where it does not say. Raises Failed where there is no server."""
-        try:
-            with urllib.request.urlopen(f"{self.url}/get_server_info", timeout=30) as reply:
-                return json.load(reply).get("version")
-        except urllib.error.HTTPError:
-            return None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self.failure(error) from error
 
     def samples(self) -> list[dict]:
         return []

@@ -123,18 +123,18 @@ def test_a_row_leaves_out_rounds_without_a_value():
 
 def test_tokens_are_compared_one_by_one():
     same = {"upstream": [ids_run((1, 2, 3))], "ours": [ids_run((1, 2, 3))]}
-    repeats = {"upstream": [ids_run((1, 2, 3))] * 3, "ours": [ids_run((1, 2, 3))] * 3}
+    repeats = {"upstream": [((1, 2, 3),)] * 3, "ours": [((1, 2, 3),)] * 3}
     assert compare.same_tokens([same, same], repeats) == (True, "")
     other = {"upstream": [ids_run((7,), (1, 2, 3))], "ours": [ids_run((7,), (1, 5, 3))]}
     assert compare.same_tokens([same, other], repeats) == (False, "round 2, request 1, token 1: 2 and 5")
-    assert compare.same_tokens([same], repeats | {"ours": [ids_run((1, 2))] * 3}) == (
+    assert compare.same_tokens([same], repeats | {"ours": [((1, 2),)] * 3}) == (
         False, "repeats, request 0, token 2: 3 and nothing",
     )  # fmt: skip
 
 
 def test_tokens_are_not_compared_where_it_says_nothing():
     other = {"upstream": [ids_run((1, 2))], "ours": [ids_run((1, 3))]}
-    unsteady = {"upstream": [ids_run((1, 2)), ids_run((1, 4))], "ours": [ids_run((1, 2))] * 2}
+    unsteady = {"upstream": [((1, 2),), ((1, 4),)], "ours": [((1, 2),)] * 2}
     assert compare.same_tokens([other], unsteady)[0] is None
     assert compare.same_tokens([other], {})[0] is None  # interrupted before the repeats
 

@@ -215,6 +215,28 @@ def test_other_tokens_of_an_sglang_that_does_not_repeat_itself(bench):
     assert "Tokens not compared in bs1-len64: sglang's own outputs differ from repeat to repeat." in result.stderr
 
 
+def test_requests_that_meet_in_other_batches_are_not_compared_but_those_of_one_call_are(bench):
+    result = bench("--concurrency", "2", "--rounds", "1", ROUNDS="1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(bench.json.read_text())["same_tokens"] == {"bs2-len64": {"same": True, "why": ""}}
+    result = bench("--concurrency", "2", "--rounds", "1", TOKENS="on")
+    assert result.exit_code == 1
+    assert "the tokens of off and on differ: repeats, request 0, token 3: " in failure(result)
+
+
+def test_ranks_that_split_a_call_are_not_compared(bench):
+    result = bench("--concurrency", "1,2", "--rounds", "1", DP_SIZE="2", TOKENS="on")
+    assert result.exit_code == 1  # for one request
+    assert "Tokens not compared in bs2-len64: data-parallel ranks batch the requests of one call as they come." in result.stderr
+
+
+def test_a_cache_that_is_not_emptied(bench):
+    result = bench("--rounds", "1", KEEPS_CACHE="on")
+    assert result.exit_code == 1
+    assert "/flush_cache: the prefix cache was not emptied" in failure(result)
+    assert "Tokens not compared in bs1-len64: it ended before." in result.stderr
+
+
 def test_a_server_that_dies_while_it_starts(bench):
     result = bench(DIE_EARLY="on")
     assert result.exit_code == 1
