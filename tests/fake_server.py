@@ -109,6 +109,8 @@ if fake("DIE_EARLY"):
     sys.exit(3)
 if os.environ.get("FAKE_LINE_TOO") or (ON and not os.environ.get("FAKE_NO_LINE")):
     say("[2026-01-01] sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y")
+if fake("PLUGIN_FAILS"):
+    say("[2026-01-01] Failed to load plugin 'server_probe': no such module")
 if fake("FALLBACK"):
     say("Warning: fused metadata copy kernel not available, falling back to loop.")
 signal.signal(signal.SIGINT, lambda *_: os._exit(0))

@@ -12,6 +12,8 @@ from sglang_nsa_fused.bench.rounds import Book, Options
 from sglang_nsa_fused.bench.servers import Failed
 from sglang_nsa_fused.bench.sides import Attached, Setup, server_info
 
+SPECULATING = 48  # requests that sglang runs at a time with speculation, unless told otherwise
+
 
 def attached(urls: tuple[str, str]) -> tuple[dict[str, Attached], dict]:
     """(side -> server, what they run on). Raises Failed."""
@@ -65,6 +67,8 @@ def real_flags(folder: Path, machine: dict, cases: list, options: SimpleNamespac
     flags = ["--model-path", options.model_path, "--trust-remote-code", *servers.speculation_flags(options.draft_steps)]
     flags += servers.cache_flags(release_of(machine), options.cache) if options.cache else []
     flags += ["--context-length", options.context_length] if options.context_length else []
+    if max(options.concurrency) > SPECULATING:
+        flags += ["--max-running-requests", max(options.concurrency)]
     return flags + (["--mem-fraction-static", options.mem_fraction] if options.mem_fraction else [])
 
 

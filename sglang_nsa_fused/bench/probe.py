@@ -88,6 +88,7 @@ def decisive_weights(model, *args, **kwargs) -> None:
     import torch
 
     random_weights(model)
+    print("server-probe: decisive weights", flush=True)
     with torch.no_grad():
         for name, module in model.named_modules():
             if hasattr(module, "shard_indices"):

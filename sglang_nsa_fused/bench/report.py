@@ -82,6 +82,9 @@ def extent(values: list[float] | None) -> str:
 
 
 def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
+    timed = {one["name"].rpartition("-")[0] for one in cases if one["metric"] == "host_us"}
+    probed = any(one["metric"] == "peak_mib" for one in cases)
+    untimed = {one["name"] for one in cases if probed and one["metric"] == "tokens_per_s"} - timed
     found = [
         f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of {round(1 / LEVEL)} "
         "rows without any difference one shows such a p by chance."
@@ -90,6 +93,7 @@ def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
         found.append(f"Fewer than {LEAST_ROUNDS} rounds cannot show a difference.")
     if same := [name for name, one in same_tokens.items() if one["same"]]:
         found.append(f"The same tokens on both sides: {', '.join(same)}.")
+    found += [f"No host time of refreshes in {name}: no batch had all its requests." for name in sorted(untimed)]
     return found + [f"Tokens not compared in {name}: {one['why']}." for name, one in same_tokens.items() if one["same"] is None]
 
 

@@ -50,7 +50,7 @@ def server(
         Optional[list[Path]], Option(help="Results of sglang's bench_serving, plugin off; measure nothing.")
     ] = None,
     read_on: Annotated[Optional[list[Path]], Option(help="The same, plugin on.")] = None,
-    port: Annotated[int, Option(min=1, max=65_532, help="The first of four.")] = 30_000,
+    port: Annotated[int, Option(min=1, max=60_000, help="Of the server without the plugin; the other's is 1000 higher.")] = 30_000,
     ready_seconds: Annotated[float, Option(help="Until a server must be up.")] = 900,
     request_seconds: Annotated[float, Option(help="Until a request must be answered.")] = 900,
     log_dir: Annotated[Optional[Path], Option(help="For the servers' logs; a new folder unless given.")] = None,

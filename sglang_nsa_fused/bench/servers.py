@@ -26,11 +26,13 @@ HOST = "127.0.0.1"
 COMMAND = f"{shlex.quote(sys.executable)} -m sglang.launch_server"
 # NSA (DSA) backend and cache dtype of each kind of cache.
 CACHES = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}
+PORTS_APART = 1000  # of two servers: data-parallel attention takes some hundreds more than the first
 REQUEST_SECONDS = 300
 NO_GPU = "no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`"
 # Not sglang's note that it warms up less "to avoid out of memory".
 OUT_OF_MEMORY = re.compile(r"(?<!avoid )out of memory|OutOfMemoryError|Not enough memory", re.I)
 NOT_ACTIVE = re.compile(r"sglang-nsa-fused: not active: .*")
+PLUGIN_FAILED = re.compile(r"Failed to (?:load plugin|execute general plugin|apply hooks).*")  # sglang goes on without it
 PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
 FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
 
@@ -67,13 +69,15 @@ class Server:
         self.started = time.monotonic()
 
     def is_ready(self) -> bool:
-        """Raises Failed when the process has ended."""
+        """Raises Failed when the process has ended, or runs without one of its plugins."""
         if self.ready_seconds is None:
             if self.process.poll() is not None:
                 raise self.ended()
             with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
                 urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
                 self.ready_seconds = round(time.monotonic() - self.started, 1)
+                if found := PLUGIN_FAILED.search(self.log.read_text(errors="replace")):
+                    raise Failed(f"{self.name}: sglang did not load a plugin: {found[0]}{self.tail()}")
         return self.ready_seconds is not None
 
     def ended(self) -> Failed:
@@ -161,6 +165,8 @@ def environment(
     path = [*([str(probe)] if probe else []), *path]
     own |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", ALLOWLIST: ",".join(plugins)}
     own.setdefault("CUDA_HOME", "/usr/local/cuda")
+    # With several ranks sglang refuses GPUs whose free memory differs, as it does while the other server loads.
+    own.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
     if not dense_prefill:
         own |= {f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD": "0" for name in ("NSA", "DSA")}
     if plugin and not loader:

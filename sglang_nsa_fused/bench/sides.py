@@ -100,7 +100,7 @@ class Setup:
     def server(self, side: str, number: int | None = None) -> Launched:
         """number: of its start, where there are several."""
         name = LABELS[side] if number is None else f"{LABELS[side]}-{number + 1}"
-        return Launched(side, name, self.port + 2 * SIDES.index(side), self)
+        return Launched(side, name, self.port + servers.PORTS_APART * SIDES.index(side), self)
 
 
 def settle(target) -> None:

@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--e2e-minutes", type=float, default=15, help="of the load under which memory is watched")
     group.addoption("--e2e-requests", type=int, default=200, help="that join and leave")
     group.addoption("--e2e-port", type=int, default=30000, help="of the server without the plugin; the other's is 1000 higher")
-    group.addoption("--e2e-ready-seconds", type=float, default=420, help="until a pair of servers must be ready")
+    group.addoption("--e2e-ready-seconds", type=float, default=900, help="until a pair of servers must be ready")
     group.addoption("--e2e-log-dir", type=Path, help="for the servers' logs")
     group.addoption("--e2e-command", help="in place of sglang's launch_server, and then without a GPU")
 
@@ -55,7 +55,7 @@ def options(request) -> Options:
     log_dir = (option(request.config, "log_dir") or Path(tempfile.mkdtemp(prefix="nsa-e2e-"))).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     command = option(request.config, "command") or servers.COMMAND
-    return Options(command, option(request.config, "port", 30000), log_dir, option(request.config, "ready_seconds", 420))
+    return Options(command, option(request.config, "port", 30000), log_dir, option(request.config, "ready_seconds", 900))
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,8 @@ async def health(request) -> web.Response:
 if plugin and "NO_LINE" not in faults:
     for rank in range(1 if "ONE_RANK" in faults else args.tp_size):
         log("sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, no GPU, native generates; replaces X and Y", rank)
+if "OTHER_WEIGHTS" not in faults:
+    log("server-probe: decisive weights")
 if "FALLBACK" in faults:
     log("sglang-nsa-fused: falling back")
 app = web.Application()

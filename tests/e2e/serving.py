@@ -35,6 +35,8 @@ UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move l
 ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
 DRIFT_MIB = 64  # over the second half of the load
 
+ITSELF = "upstream's output ids differ in other batches"
+DECISIVE = "server-probe: decisive weights"
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
 PREFILL = re.compile(r"Prefill batch.*?#new-token: (\d+)")
 
@@ -78,8 +80,7 @@ class Server(Probed):
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
         flags += servers.size_flags(servers.HERE / "model", CONTEXT, 0.9, 3 * CONTEXT, RUNNING)
         flags += ["--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags]
-        # Apart by more than the ports that data-parallel attention derives from the first.
-        port = options.port + 1000 * SIDES.index(side)
+        port = options.port + servers.PORTS_APART * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
 
     def log_from(self, mark: int) -> str:
@@ -140,6 +141,9 @@ def running(configuration: Configuration, options: Options):
             if pair.off.process and servers.wait(lambda: pair.off.process.poll() is not None, 20):
                 raise pair.off.ended() from error
             raise
+        for server in pair:
+            if DECISIVE not in server.log_from(0):
+                raise Failed(f"{server.name}: its weights are not the probe's: the log has no line {DECISIVE!r}{server.tail()}")
         seconds = [server.ready_seconds for server in pair]
         console.print(f"\n{configuration.name}: ready after {seconds} s, logs in {options.log_dir}")
         yield pair
@@ -224,8 +228,10 @@ def margin(server: Server, request: Request, one: Answer, other: Answer) -> tupl
     return at, max(logprobs.values()) - min(logprobs.get(answer.ids[at], -math.inf) for answer in (one, other))
 
 
-def check_same(pair: Pair, requests: list[Request], upstream: list[Answer], ours: list[Answer]) -> int:
-    """How many differ; fails unless each does so at a token that upstream leaves undecided."""
+def check_same(
+    pair: Pair, requests: list[Request], upstream: list[Answer], ours: list[Answer], what: str = "the output ids differ with the plugin on"
+) -> int:
+    """How many differ; fails, saying what, unless each does so at a token that upstream leaves undecided."""
     for request, *both in zip(requests, upstream, ours):
         assert [len(answer.ids) for answer in both] == [request.output_tokens] * 2, "an answer of another length"
     found = differing(upstream, ours)
@@ -238,7 +244,7 @@ def check_same(pair: Pair, requests: list[Request], upstream: list[Answer], ours
         f"request {number}, {len(requests[number].prompt)} tokens, differs at token {at} of {requests[number].output_tokens}, "
         f"where upstream is decided by {nats:.3f} nats" for number, (at, nats) in wrong.items()
     )  # fmt: skip
-    assert not wrong, "the output ids differ with the plugin on:\n" + "\n".join(lines)
+    assert not wrong, f"{what}:\n" + "\n".join(lines)
     return len(found)
 
 

@@ -25,9 +25,11 @@ def pair(configuration, parallel, options):
         with serving.running(configuration, options) as pair:
             yield pair
     except Failed as error:
-        # The server without the plugin refuses: then so does the release.
-        if parallel == "tp2-dp2" and str(error).startswith(f"{configuration.name}-off: the server ended"):
-            pytest.skip(f"sglang {version('sglang')} refuses data-parallel attention here: {str(error).splitlines()[-1]}")
+        # The server without the plugin refuses its arguments: then so does the release.
+        refused = str(error).startswith(f"{configuration.name}-off: the server ended")
+        *_, last = str(error).splitlines()
+        if parallel == "tp2-dp2" and refused and last.startswith(("AssertionError", "ValueError")):
+            pytest.skip(f"sglang {version('sglang')} refuses data-parallel attention here: {last}")
         raise
 
 
@@ -52,5 +54,6 @@ def test_joining_and_leaving(pair, request_count):
     [again] = answers([pair.off], requests, serving.wave(count, phase=0.5))
     itself = len(serving.differing(upstream, again))
     console.print(f"  upstream in other batches: {count - itself} of {count} answers identical")
-    assert itself <= count // 10, "upstream differs from itself too often to be compared with"
+    check_same(pair, requests, upstream, again, serving.ITSELF)
+    assert itself <= count // 3, "upstream differs from itself too often to be compared with"
     check_same(pair, requests, upstream, ours)

@@ -45,10 +45,10 @@ def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = 
 
 
 def free_port() -> int:
-    """The first of four free ones, below those that outgoing connections get."""
+    """Of a server, the other's being higher, below those that outgoing connections get."""
     while True:
-        first = random.randrange(20_000, 32_000)
-        if all(is_free(port) for port in range(first, first + 4)):
+        first = random.randrange(20_000, 31_000)
+        if all(is_free(port + more) for port in (first, first + servers.PORTS_APART) for more in (0, 1)):
             return first
 
 
@@ -181,8 +181,26 @@ def test_a_real_model_keeps_its_weights_and_sglangs_choices(bench):
     assert result.exit_code == 0, result.output
     log = bench.log("on")
     assert "'--model-path', 'some/model'" in log and "'--mem-fraction-static', '0.8'" in log and "'EAGLE'" in log
-    for absent in ("dummy", "skip-tokenizer", "max-total-tokens", "kv-cache-dtype", "DENSE_ATTN"):
+    for absent in ("dummy", "max-running", "skip-tokenizer", "max-total-tokens", "kv-cache-dtype", "DENSE_ATTN"):
         assert absent not in log
+
+
+def test_a_real_model_runs_as_many_requests_as_are_measured(bench):
+    assert bench("--model-path", "some/model", "--rounds", "1", "--concurrency", "1,64").exit_code == 0
+    assert "'--max-running-requests', '64'" in bench.log("on")
+
+
+def test_a_case_whose_batches_were_never_full_says_so(bench):
+    result = bench("--concurrency", "9", "--rounds", "1")  # the stand-in's batches are of 8
+    assert result.exit_code == 0, result.output
+    assert "No host time of refreshes in bs9-len64: no batch had all its requests." in result.stderr
+
+
+def test_a_probe_that_is_not_loaded(bench):
+    result = bench(PLUGIN_FAILS="off")
+    assert result.exit_code == 1
+    assert failure(result).startswith("FAILED off: sglang did not load a plugin: Failed to load plugin 'server_probe'")
+    assert bench.processes() == []
 
 
 def test_simulated_acceptance_compares_no_tokens(bench):
@@ -263,11 +281,11 @@ def test_out_of_memory_says_what_to_lower(bench):
 @pytest.mark.parametrize("mode", [[], ["--one-at-a-time"]])
 def test_a_port_that_is_taken(bench, mode):
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", bench.port + 2))
+        taken.bind(("127.0.0.1", bench.port + servers.PORTS_APART))
         taken.listen()
         result = bench(*mode)
     assert result.exit_code == 1
-    assert failure(result) == f"FAILED port {bench.port + 2} is taken: give another --port"
+    assert failure(result) == f"FAILED port {bench.port + servers.PORTS_APART} is taken: give another --port"
 
 
 @pytest.mark.parametrize("fakes, said", [

@@ -74,6 +74,7 @@ RUNS = {
     "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
     "two GPUs": (("-k", "two_gpus"), {"REFUSES_DP": "1"}),
     "one rank": (("-k", "two_gpus and ranks"), {"FAKE": "ONE_RANK"}),
+    "weights": ((*SERVER[:2], "-k", "test_server and log_line"), {"FAKE": "OTHER_WEIGHTS"}),
     "terminated": ((*SERVER[:2], "-k", "test_server and load", "--e2e-minutes", "10"), {}),
 }
 
@@ -156,6 +157,13 @@ def test_two_gpus(runs):
     assert "refuses data-parallel attention here: ValueError: no data-parallel attention" in output
     _, output = runs["one rank"].result()
     assert failures(output).keys() == {"test_active_on_both_ranks"}, output
+
+
+def test_servers_without_the_probes_weights_are_not_compared(runs):
+    summary, output = runs["weights"].result()
+    assert "1 error" in summary and "passed" not in summary, output
+    assert "n4-on: its weights are not the probe's" in output
+    assert not servers_of(runs["weights"])
 
 
 def test_skipped_without_a_gpu():
