@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from sglang_nsa_fused import reference
-from sglang_nsa_fused.kernels import Engine
+from sglang_nsa_fused.kernels import Engine, workspace_sizes
 from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
@@ -63,7 +63,7 @@ class DraftExtend:
         form = self._planners.schedule_form(rows, self._req_to_token.device) if scheduled else NO_FORM
 
         schedule_size = 0 if form is NO_FORM else 2 * (self._num_sms + 1)
-        sizes = (schedule_size, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1)
+        sizes = workspace_sizes(bs, rows, cols, pages, schedule_size)
         workspace = torch.empty(sum(sizes), dtype=torch.int32, device=self._req_to_token.device)
         self._generate(
             forward_batch.seq_lens,

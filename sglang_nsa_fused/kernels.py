@@ -134,15 +134,19 @@ def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Opt
     return generate
 
 
+def workspace_sizes(bs: int, rows: int, cols: int, pages: int, schedule: int) -> tuple[int, ...]:
+    """Elements of the schedule [num_sms + 1, 2], 0 without one, page_table_1 [rows, cols], real_page_table [rows, pages],
+    cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows], nsa_cache_seqlens [rows], nsa_cu_seqlens_k [rows + 1]."""
+    return schedule, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1
+
+
 @functools.lru_cache(None)
 def _native_draft_extend() -> Callable:
     """A function of seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols,
     num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor that writes a draft extend's
     metadata.
 
-    workspace: int32, of the schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols],
-    real_page_table [rows, pages], cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows],
-    nsa_cache_seqlens [rows] and nsa_cu_seqlens_k [rows + 1], one after another. Raises as `ReplayPlan.generate`.
+    workspace: int32, all of `workspace_sizes` one after another. Raises as `ReplayPlan.generate`.
     """
     generate = library().generate_draft_extend
     generate.release_gil = False

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglang_nsa_fused import reference
-from sglang_nsa_fused.kernels import Engine
+from sglang_nsa_fused.kernels import Engine, workspace_sizes
 from sglang_nsa_fused.plan import Values
 
 NAMES = (
@@ -30,12 +30,11 @@ def verified(engine: Engine) -> Engine:
     def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
         draft_tokens, topk, page_size, segment_len, extra_last, num_sms, row_floor = sizes
         pages = (cols + page_size - 1) // page_size
-        shapes = ((num_sms + 1, 2) if segment_len else (0,), (rows, cols), (rows, pages), (bs,), (bs + 1,), (rows,), (rows,),
-                  (rows + 1,))  # fmt: skip
-        parts = torch.split_with_sizes(workspace, [torch.Size(shape).numel() for shape in shapes])
-        schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = map(torch.Tensor.view, parts, shapes)
-        none = schedule if segment_len else None
-        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, none, None, None)
+        parts = workspace_sizes(bs, rows, cols, pages, 2 * (num_sms + 1) if segment_len else 0)
+        schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, parts)
+        schedule = schedule.view(-1, 2) if segment_len else None
+        table, real_table = table.view(rows, cols), real_table.view(rows, pages)
+        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, schedule, None, None)
         values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, extra_last, row_floor=row_floor)
 
         def generate(*batch) -> None:
