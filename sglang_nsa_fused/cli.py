@@ -6,15 +6,27 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sglang_nsa_fused import __doc__ as about
+from sglang_nsa_fused import __version__
 from sglang_nsa_fused.bench.commands import app as bench_app
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 main = app
 
 
-@app.callback()
-def _sglang_nsa_fused() -> None:
-    """SGLang plugin: refreshes the sparse-attention metadata of speculative decoding in one kernel launch."""
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sglang-nsa-fused {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=about)
+def _sglang_nsa_fused(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -8,6 +8,7 @@ import typer
 from sglang_nsa_fused.bench.servers import CACHES, NO_GPU
 
 KINDS = ("draft", "verify", "extend")
+INTERRUPTED = 130  # exit status
 
 
 def numbers(text: str) -> list[int]:
@@ -49,7 +50,10 @@ def replay(
     plot: Annotated[Path | None, Option(help="PNG or SVG: host time by batch.")] = None,
     commit: Annotated[str | None, Option(hidden=True)] = None,
 ) -> None:
-    """Time each refresh of metadata on this GPU and this sglang, plugin off and on, without a model."""
+    """Time each refresh of metadata on this GPU and this sglang, plugin off and on, without a model.
+
+    Exit status 1 where something failed, 130 after Ctrl-C; what was measured is kept.
+    """
     if max(length) + max(draft_steps) + 1 > width:
         raise typer.BadParameter(f"--length {max(length)} and its draft tokens do not fit --width {width}")
     if min(draft_steps) < 2:
@@ -63,9 +67,9 @@ def replay(
 
     console = Console(width=150, highlight=False)
 
-    def fail(finding: object) -> None:
+    def fail(finding: object, status: int = 1) -> None:
         console.print(f"FAILED {finding}", markup=False)
-        raise typer.Exit(2)
+        raise typer.Exit(status)
 
     if not torch.cuda.is_available():
         fail(NO_GPU)
@@ -80,7 +84,7 @@ def replay(
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: lower --bs, --length or --width ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        fail("interrupted; what was measured is kept")
+        fail("interrupted; what was measured is kept", INTERRUPTED)
     finally:
         if results.cases:
             console.print(results.table)

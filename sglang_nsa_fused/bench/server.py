@@ -10,10 +10,9 @@ from typing import Annotated, Optional
 import typer
 
 from sglang_nsa_fused.bench import servers, small_model
-from sglang_nsa_fused.bench.replay import numbers
+from sglang_nsa_fused.bench.replay import INTERRUPTED, numbers
 from sglang_nsa_fused.bench.servers import CACHES, Failed
 
-INTERRUPTED = 130
 SMALL = {"context_length": 32_768, "mem_fraction": 0.9, "cache": "bf16"}  # of the small model, unless given
 OF_SERVERS = (
     "draft_steps", "cache", "layers", "experts", "model_path", "context_length", "mem_fraction", "simulate_acceptance", "server_flags",
@@ -36,8 +35,8 @@ def server(
     cache: Annotated[
         Optional[str], Option(help="KV cache: bf16, fp8. Unless given bf16, for a real model sglang's choice.")
     ] = None,
-    context_length: Annotated[Optional[int], Option(help="Of the servers.")] = None,
-    mem_fraction: Annotated[Optional[float], Option(help="--mem-fraction-static of the servers.")] = None,
+    context_length: Annotated[Optional[int], Option(min=64, help="Of the servers.")] = None,
+    mem_fraction: Annotated[Optional[float], Option(min=0.01, max=1, help="--mem-fraction-static of the servers.")] = None,
     simulate_acceptance: Annotated[Optional[float], Option(min=1, help="Accepted length, by SGLANG_SIMULATE_ACC_LEN.")] = None,
     server_flags: Annotated[str, Option(help="More flags for both servers, in one string.")] = "",
     one_at_a_time: Annotated[
@@ -51,8 +50,8 @@ def server(
     ] = None,
     read_on: Annotated[Optional[list[Path]], Option(help="The same, plugin on.")] = None,
     port: Annotated[int, Option(min=1, max=60_000, help="Of the server without the plugin; the other's is 1000 higher.")] = 30_000,
-    ready_seconds: Annotated[float, Option(help="Until a server must be up.")] = 900,
-    request_seconds: Annotated[float, Option(help="Until a request must be answered.")] = 900,
+    ready_seconds: Annotated[float, Option(min=1, help="Until a server must be up.")] = 900,
+    request_seconds: Annotated[float, Option(min=1, help="Until a request must be answered.")] = 900,
     log_dir: Annotated[Optional[Path], Option(help="For the servers' logs; a new folder unless given.")] = None,
     json: Annotated[Optional[Path], Option(help="Result file, written after each case; in --log-dir unless given.")] = None,
     plot: Annotated[

@@ -36,4 +36,4 @@ def test_options_that_cannot_be(words, text):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
     result = run()
-    assert result.exit_code == 2 and result.output.startswith("FAILED no GPU")
+    assert result.exit_code == 1 and result.output.startswith("FAILED no GPU")

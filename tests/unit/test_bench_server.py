@@ -384,6 +384,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_measured(bench, number, chi
     (["--attach", "http://a", "http://b", "--simulate-acceptance", "2"], ["--simulate-acceptance", "SGLANG_SIMULATE_ACC_LEN"]),
     (["--read-off", "a.jsonl"], ["--read-on", "got one"]),
     (["--draft-steps", "1"], ["--draft-steps"]),
+    (["--mem-fraction", "5"], ["--mem-fraction"]),
 ])  # fmt: skip
 def test_bad_options_are_named(arguments, said):
     result = CliRunner().invoke(app, ["bench", "server", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})

@@ -3,6 +3,7 @@ import json
 import torch
 from typer.testing import CliRunner
 
+import sglang_nsa_fused
 from sglang_nsa_fused.cli import app
 from sglang_nsa_fused.settings import ALLOWLIST, GATE
 
@@ -14,6 +15,11 @@ CHECKS = [
 def doctor(**env):
     result = CliRunner().invoke(app, ["doctor", "--json"], env={GATE: None, ALLOWLIST: None, **env})
     return result.exit_code, json.loads(result.stdout)
+
+
+def test_version_and_help():
+    assert CliRunner().invoke(app, ["--version"]).output == f"sglang-nsa-fused {sglang_nsa_fused.__version__}\n"
+    assert "refreshes the sparse-attention metadata" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
 
 
 def test_doctor_reports_every_check():
