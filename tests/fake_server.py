@@ -114,4 +114,5 @@ if fake("PLUGIN_FAILS"):
 if fake("FALLBACK"):
     say("Warning: fused metadata copy kernel not available, falling back to loop.")
 signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+ThreadingHTTPServer.request_queue_size = 128  # the default of 5 refuses some of many requests at once
 ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
