@@ -2,6 +2,7 @@
 #include <tvm/ffi/function.h>
 
 #include <memory>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,7 +29,8 @@ constexpr int kMultiDestinations = 3;
 
 void check_count(ffi::PackedArgs args, int expected, const char* function) {
   if (args.size() != expected)
-    TVM_FFI_THROW(TypeError) << function << ": expected " << expected << " arguments, got " << args.size();
+    TVM_FFI_THROW(TypeError) << function << ": expected " << std::to_string(expected) << " arguments, got "
+                             << std::to_string(args.size());
 }
 
 #ifndef NSA_FUSED_CUDA_ARCHS
@@ -186,8 +188,8 @@ void checked(const Function& function, ffi::PackedArgs args, ffi::Any* result) {
 // (10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
   if (args.size() < 1 || (args.size() - 1) % kNumFields != 0)
-    TVM_FFI_THROW(TypeError) << "copy_plan: expected a mode and " << kNumFields << " tensors for each destination, got "
-                             << args.size() << " arguments";
+    TVM_FFI_THROW(TypeError) << "copy_plan: expected a mode and " << std::to_string(kNumFields)
+                             << " tensors for each destination, got " << std::to_string(args.size()) << " arguments";
   const Mode mode = to_mode(read_size(args[0], "forward_mode"));
   const auto copy = std::make_shared<const Copy>(
       Copy::make(mode, args.Slice(1), kNumFields, (args.size() - 1) / kNumFields));
@@ -208,8 +210,8 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
 void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   constexpr int kFirst = 13, kEach = 1 + kNumGenerated;
   if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
-    TVM_FFI_THROW(TypeError) << "generate_plan: expected " << kFirst << " arguments and " << kEach
-                             << " for each destination, got " << args.size();
+    TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and "
+                             << std::to_string(kEach) << " for each destination, got " << std::to_string(args.size());
   const Mode mode = to_mode(read_size(args[0], "forward_mode"));
   const GenerateSizes sizes{read_size(args[1], "bs"),
                             read_size(args[2], "rows"),
@@ -264,8 +266,9 @@ void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
                             read_size(args[14], "row_floor"),
                             {}};
   const int64_t num_sms = read_size(args[13], "num_sms");
+  constexpr int64_t kMost = int64_t{1} << 30;  // so that no product of two is beyond 64 bits
   for (const auto& [name, value] : {std::pair{"rows", rows}, {"cols", cols}, {"bs", batch.bs}, {"num_sms", num_sms}})
-    if (value < 1) refuse(name, ": expected 1 or more, got ", value);
+    if (value < 1 || value > kMost) refuse(name, ": expected 1 to ", kMost, ", got ", value);
   if (sizes.page_size < 1) refuse("page_size: expected 1 or more, got ", sizes.page_size);
   const int64_t pages = (cols + sizes.page_size - 1) / sizes.page_size;
 
@@ -287,7 +290,7 @@ void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
   Generate(GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst)), read.device())(batch);
 }
 
-// The GPU architectures compiled in, such as "sm_90 compute_121"; empty without CUDA.
+// The GPU architectures compiled in, such as "sm_90 compute_80"; empty without CUDA.
 ffi::String cuda_archs() {
 #ifdef NSA_FUSED_CUDA_ARCHS
   return NSA_FUSED_CUDA_ARCHS;

@@ -75,13 +75,14 @@ void copy_cpu(const CopyParams<kMaxDestinations>& params) {
 }
 
 void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
-  for (int i = 0, rows = 0; i < p.bs; ++i) {  // all checks before the first write
-    rows += p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
+  int64_t all_rows = 0;
+  for (int i = 0; i < p.bs; ++i) {  // all checks before the first write
+    all_rows += p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
     const int64_t slot = load(p.req_pool_indices, p.req_pool_indices_64, i);
     if (slot < 0 || slot >= p.num_slots)
       refuse("req_pool_indices: expected 0 to ", p.num_slots - 1, ", got ", slot);
-    if (rows > p.max_rows)
-      refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", rows);
+    if (all_rows > p.max_rows)
+      refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", all_rows);
   }
   int32_t table_offset = p.dst[0].len_offset;  // tables, which destinations may share, hold the longest
   for (int d = 1; d < p.num_dst; ++d) table_offset = std::max(table_offset, p.dst[d].len_offset);

@@ -27,9 +27,10 @@ struct Counts {
 // A tile is staged with one line more than it has columns, and what lies before its first column in 16 bytes.
 constexpr int kStaged = (kGenerateTile + kLineCols) / 4 + 1;
 
-// Counts over requests of what the tables get.
+// Counts over requests of what the tables get; rows unsigned, so that the first request with too many shows.
 struct TableCounts {
-  int tiles, rows;
+  int tiles;
+  uint32_t rows;
   __device__ friend TableCounts operator+(TableCounts a, TableCounts b) { return {a.tiles + b.tiles, a.rows + b.rows}; }
 };
 
@@ -195,7 +196,7 @@ __device__ void write_tables(const GenerateParams<kCapacity>& p, int item, Share
     if (i < p.bs) {
       const Request r = request(p, len_offset, i);
       const int cols = live_cols(r);
-      count = {cols && r.rows ? static_cast<int>(tiles_of(cols)) : 0, r.rows};
+      count = {cols && r.rows ? static_cast<int>(tiles_of(cols)) : 0, static_cast<uint32_t>(r.rows)};
       const int64_t slot = load_index(p.req_pool_indices, p.req_pool_indices_64, i);
       check(slot >= 0 && slot < p.num_slots);
       mine.slot[threadIdx.x] = static_cast<int>(slot);
@@ -203,7 +204,7 @@ __device__ void write_tables(const GenerateParams<kCapacity>& p, int item, Share
     Shared::TableScan(mine.scan).InclusiveScan(count, end, Add{}, all);
     end = before + end;
     mine.end[threadIdx.x] = end;
-    check(i >= p.bs || end.rows <= p.max_rows);
+    check(i >= p.bs || end.rows <= static_cast<uint32_t>(p.max_rows));
     __syncthreads();
 
     const auto locate = [&](int item) {
@@ -216,7 +217,7 @@ __device__ void write_tables(const GenerateParams<kCapacity>& p, int item, Share
       const TableCounts begin = low ? mine.end[low - 1] : before;
       Tile tile;
       tile.src = p.req_to_token + mine.slot[low] * p.token_pitch;
-      tile.first_row = begin.rows;
+      tile.first_row = static_cast<int>(begin.rows);
       tile.rows = static_cast<int>(mine.end[low].rows - begin.rows);
       tile.cols = live_cols(request(p, len_offset, first + low));
       tile.first = (item - begin.tiles) * kGenerateTile - kLineCols;

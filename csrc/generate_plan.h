@@ -2,6 +2,8 @@
 // each replay. No binding's types.
 #pragma once
 
+#include <utility>
+
 #include "checks.h"
 #include "fields.h"
 #include "generate_params.h"
@@ -49,9 +51,11 @@ class GeneratePlan {
       for (int f = 0; f < kNumGenerated; ++f)
         if (dst_[d].field[f].given) add(f, d);
     written_.check_apart([this](int f, int d) { return name(f, d); });
-    for (const View* source : {&req_to_token_, &num_splits_, &tile_metadata_})
-      if (const auto* w = source->given ? written_.conflict(*source, [](auto&) { return false; }) : nullptr)
-        refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps a source");
+    const std::pair<const char*, const View*> sources[] = {
+        {"req_to_token", &req_to_token_}, {"flashmla_num_splits", &num_splits_}, {"flashmla_metadata", &tile_metadata_}};
+    for (const auto& [source, view] : sources)
+      if (const auto* w = view->given ? written_.conflict(*view, [](auto&) { return false; }) : nullptr)
+        refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps the source ", source);
   }
 
   int num_dst() const { return dst_.size(); }
@@ -59,7 +63,7 @@ class GeneratePlan {
   void check(const Batch& batch) const {
     if (batch.bs < 0 || batch.bs > sizes_.bs)
       refuse("bs: expected 0 to the captured ", sizes_.bs, ", got ", batch.bs);
-    check_source(batch.seq_lens, "seq_lens", batch.bs);
+    check_source(batch.seq_lens, "seq_lens", batch.bs, true);
     check_source(batch.req_pool_indices, "req_pool_indices", batch.bs);
     if (batch.extend_lens.given) {
       if (mode_ != Mode::kDraftExtend) refuse("extend_lens: expected None but in draft extend, got a tensor");
@@ -129,15 +133,17 @@ class GeneratePlan {
     at_least("nsa_index_topk", sizes_.nsa_index_topk, 1);
     at_least("segment_len", sizes_.segment_len, 0);
     at_least("row_floor", sizes_.row_floor, INT32_MIN);
-    at_least("page_size", sizes_.page_size, 1);
-    if (sizes_.page_size & (sizes_.page_size - 1)) refuse("page_size: expected a power of two, got ", sizes_.page_size);
+    for (const Destination& dst : dst_) at_least("len_offset", dst.len_offset, INT32_MIN);
+    constexpr int64_t kLargestPage = 1 << 20;  // the kernel shifts page numbers in 32 bits
+    if (sizes_.page_size < 1 || sizes_.page_size > kLargestPage || sizes_.page_size & (sizes_.page_size - 1))
+      refuse("page_size: expected a power of two up to ", kLargestPage, ", got ", sizes_.page_size);
     if (mode_ != Mode::kDraftExtend && sizes_.rows != sizes_.bs * rows_per_request())
       refuse("rows: expected bs * rows per request = ", sizes_.bs * rows_per_request(), ", got ", sizes_.rows);
     if (!req_to_token_.given) refuse("req_to_token: expected an int32 tensor, got None");
     constexpr int64_t kMost = int64_t{1} << 30;  // the kernel counts columns, and lines of all requests, in 32 bits
     if (req_to_token_.cols > kMost || sizes_.bs * (req_to_token_.cols / 32 + 1) > kMost)
-      refuse("req_to_token: expected at most ", kMost, " columns and 32 times that for all requests, got ",
-             req_to_token_.cols, " for ", sizes_.bs);
+      refuse("req_to_token: expected at most ", kMost, " columns, and ", 32 * kMost, " for all requests together, got ",
+             req_to_token_.cols, " for each of ", sizes_.bs);
     if (req_to_token_.rows > INT32_MAX) refuse("req_to_token: expected at most ", INT32_MAX, " slots, got ", req_to_token_.rows);
   }
 
@@ -147,6 +153,9 @@ class GeneratePlan {
     check_fits(view, need(f, d), form_of(f), name(f, d));
     if (f == kSchedule && (view.cols < 4 || view.cols % 2))
       refuse(name(f, d), ": expected [num_sms + 1, 2], got ", view.cols, " elements");
+    if (f == kSchedule && schedule_cols_ && view.cols != schedule_cols_)
+      refuse(name(f, d), ": expected [", schedule_cols_ / 2, ", 2] as of the destinations before it, got [", view.cols / 2, ", 2]");
+    if (f == kSchedule) schedule_cols_ = view.cols;
     if (f == kSchedule && sizes_.segment_len == 0)
       refuse("segment_len: expected the tokens of a schedule's segment as ", name(f, d), " is given, got 0");
     if (f == kTopkPlan && sizes_.topk_buckets.size == 0)
@@ -190,12 +199,12 @@ class GeneratePlan {
     return any_len || dst_[d].len_offset == dst_[e].len_offset;
   }
 
-  void check_source(const Integers& source, const char* name, int64_t bs) const {
+  void check_source(const Integers& source, const char* name, int64_t bs, bool may_be_captured = false) const {
     if (!source.view.given) refuse(name, ": expected a tensor, got None");
     if (source.view.cols < bs) refuse(name, ": expected at least bs = ", bs, " elements, got ", source.view.cols);
     // The graph runner's seq_lens is the captured cache_seqlens itself up to sglang 0.5.13: the same values.
     const auto itself = [&](const Written::Tensor& w) {
-      return w.f == kCacheSeqlens && w.view.data == source.view.data && !source.is_64 &&
+      return may_be_captured && w.f == kCacheSeqlens && w.view.data == source.view.data && !source.is_64 &&
              mode_ != Mode::kTargetVerify && dst_[w.d].len_offset == 0 && source.view.data != nullptr;
     };
     if (const auto* w = written_.conflict(source.words(), itself))
@@ -206,6 +215,7 @@ class GeneratePlan {
   GenerateSizes sizes_;
   View req_to_token_, num_splits_, tile_metadata_;
   std::vector<Destination> dst_;
+  int64_t schedule_cols_ = 0;
   Written written_;
 };
 

@@ -52,7 +52,7 @@ __device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const Genera
     typename TopkPlanShared<kThreads>::Scan(shared.scan).ExclusiveSum(mine, at, all);
     __syncthreads();
     at = before + at;
-    check(static_cast<int32_t>(at.rows) + r.rows <= p.max_rows);
+    check(at.rows + r.rows <= p.max_rows && at.longer + mine.longer <= p.max_rows);
     for (int row = 0; row < r.rows; ++row) {
       const auto len = static_cast<uint32_t>(r.len(row));
       if (len <= threshold) continue;

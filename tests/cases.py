@@ -57,6 +57,14 @@ class Case:
         assert all(bool((buffer == POISON).all()) for one in self.buffers for buffer in one)
 
 
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """These three rows, with the last beyond 2^31 elements. Only they are touched: on the CPU the gaps never become memory."""
+    pitch = 2**30 + 6
+    assert len(rows) == 3 and 2 * pitch > 2**31 - 1
+    buffer = torch.empty(2 * pitch + rows.shape[1], dtype=torch.int32, device=rows.device)
+    return buffer.as_strided(rows.shape, (pitch, 1)).copy_(rows)
+
+
 def make(
     device: str,
     mode: int = reference.DECODE,

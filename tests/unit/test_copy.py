@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import make
+from cases import far_apart, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,16 +65,23 @@ def test_source_rows_wider_than_the_copied_columns(device):
     run_plan(make(device, bs=6, columns=1000, source_pitch=1003, num_dst=3))
 
 
-def test_offsets_beyond_32_bits(device):
+def test_destination_offsets_beyond_32_bits(device):
     case = make(device, bs=3, columns=77)
-    pitch = 2**30 + 6
-    assert 2 * pitch > 2**31 - 1
-    # Touched by rows only: on the CPU the gaps never become memory.
-    table = torch.empty(2 * pitch + 77, dtype=torch.int32, device=device).as_strided((3, 77), (pitch, 1))
-    table.fill_(-7)
-    case.destinations[0][2] = table
+    table = case.destinations[0][2] = far_apart(case.destinations[0][2])
     fused_metadata_copy_cuda(*case.upstream_args())
     assert torch.equal(table, case.sources[2])
+
+
+def test_source_offsets_beyond_32_bits(device):
+    case = make(device, bs=3, columns=77)
+    expected = case.expected()
+    case.sources[2] = far_apart(case.sources[2])
+    fused_metadata_copy_cuda(*case.upstream_args())
+    case.check(expected)
+
+
+def test_a_row_of_more_than_a_million_columns(device):
+    run_plan(make(device, bs=1, columns=1_100_001))
 
 
 def test_element_0_of_cumulative_lengths_stays(device):

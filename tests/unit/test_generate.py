@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import far_apart
 from generated import BOUNDARIES, MODES, NAMES, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -188,16 +189,60 @@ def test_decode_has_one_tensor_under_three_names(device):
     case.run()
 
 
-def test_offsets_beyond_32_bits(device):
+@pytest.mark.parametrize("at", [2, 6])
+def test_table_offsets_beyond_32_bits(device, at):
     case = make(device, bs=3, longest=70, lengths=[70, 65, 1])
-    pitch = 2**30 + 6
-    assert 2 * pitch > 2**31 - 1
-    table = torch.empty(2 * pitch + 77, dtype=torch.int32, device=device).as_strided((3, 73), (pitch, 1))
-    table.fill_(-7)
-    expected = case.expected()[0][2]
-    case.destinations[0][2] = table
+    table = case.destinations[0][at]
+    expected = case.expected()[0][at].as_strided(table.shape, table.stride(), table.storage_offset())
+    case.destinations[0][at] = far_apart(table)
     case.plan().generate(*case.batch)
-    assert torch.equal(table, expected.as_strided((3, 73), (73 + 5, 1), 5)[:, :73])
+    assert torch.equal(case.destinations[0][at], expected)
+
+
+def test_pool_offsets_beyond_32_bits(device):
+    case = make(device, bs=3, longest=70, lengths=[70, 65, 1])
+    pool, slots = case.values.req_to_token[:3], torch.tensor([2, 0, 1], device=device)
+    case.values, case.batch = case.values._replace(req_to_token=pool), (case.batch[0], slots, *case.batch[2:])
+    expected = case.expected()
+    case.values = case.values._replace(req_to_token=far_apart(pool))
+    case.plan().generate(*case.batch)
+    case.check(expected)
+
+
+def test_a_request_of_more_than_a_million_tokens(device):
+    make(device, bs=1, lengths=[1_100_001], width=1_100_100).run()
+
+
+def test_negative_lengths_and_accepted_counts(device):
+    """As upstream's slices and repeats: no columns, no rows."""
+    make(device, bs=3, lengths=[-5000, 300, -1]).run()
+    case = make(device, DRAFT_EXTEND, bs=3, lengths=[100, 200, 300])
+    lens, slots, _, bs = case.batch
+    few, none = ([2, bad, 1] for bad in (-3, 0))
+    case.batch = (lens, slots, torch.tensor(none, dtype=torch.int32, device=device), bs)
+    expected = case.expected()
+    case.batch = (lens, slots, torch.tensor(few, dtype=torch.int32, device=device), bs)
+    case.plan().generate(*case.batch)
+    case.check(expected)
+
+
+@pytest.mark.parametrize("slots, extend, text", [
+    ([0, 1, -1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got -1"),
+    ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7"),
+    ([0, 1, 2], [4, 4, 5], "extend_lens: expected at most the captured 12 rows, got 13"),
+    ([0, 1, 2], [1, 2**31 - 1, 0], "extend_lens: expected at most the captured 12 rows, got 2147483648"),
+])  # fmt: skip
+def test_what_only_the_device_sees(request, slots, extend, text):
+    """On the CPU an error before anything is written; on a GPU, and emulated, a trap."""
+    case = make("cpu", DRAFT_EXTEND)
+    slots, extend = torch.tensor(slots), torch.tensor(extend, dtype=torch.int32)
+    if request.config.pluginmanager.hasplugin("emulated"):
+        with pytest.raises(RuntimeError, match="a thread trapped"):
+            case.plan().generate(case.batch[0], slots, extend, 3)
+    else:
+        with pytest.raises(ValueError, match=text):
+            case.plan().generate(case.batch[0], slots, extend, 3)
+        case.check_untouched()
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

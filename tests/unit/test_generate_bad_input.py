@@ -4,6 +4,7 @@ import pytest
 import torch
 from generated import NAMES, make
 
+from sglang_nsa_fused.kernels import select, workspace_sizes
 from sglang_nsa_fused.plan import ReplayPlan
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
 
@@ -36,7 +37,7 @@ AT_CAPTURE = [
     (DECODE, destination("page_table_1", lambda t, _: t.as_strided(t.shape, (1, 1))), ValueError, "page_table_1_dst: expected rows apart"),
     (DECODE, destination("nsa_cache_seqlens", lambda t, c: c.destinations[0][AT["cache_seqlens"]]), ValueError, "expected memory of its own, but it overlaps"),
     (TARGET_VERIFY, destination("seqlens_expanded", lambda t, c: c.destinations[0][AT["nsa_cache_seqlens"]]), ValueError, "expected memory of its own"),
-    (DECODE, destination("page_table_1", lambda t, c: c.values.req_to_token[:3]), ValueError, "overlaps a source"),
+    (DECODE, destination("page_table_1", lambda t, c: c.values.req_to_token[:3]), ValueError, "page_table_1_dst: .* overlaps the source req_to_token"),
     (DECODE, value("num_splits", None), ValueError, "flashmla_num_splits_dst: expected None as its source is None"),
     (DECODE, value("segment_len", 0), ValueError, "segment_len: expected the tokens of a schedule's segment"),
     (DECODE, value("segment_len", -1), ValueError, "segment_len: expected 0 to 2147483647, got -1"),
@@ -45,7 +46,9 @@ AT_CAPTURE = [
     (DECODE, value("topk_buckets", ((9, -1),)), ValueError, "topk_buckets: expected rising thresholds .* got 9 and -1"),
     (DECODE, value("topk_buckets", tuple((n, 1) for n in range(9))), ValueError, "topk_buckets: .* at most 8, got 18"),
     (DECODE, destination("topk_v2_plan", lambda t, _: t[:-1]), ValueError, r"topk_v2_plan_dst: .* at least \[8\], got \[6\]"),
-    (DECODE, value("page_size", 48), ValueError, "page_size: expected a power of two, got 48"),
+    (DECODE, value("page_size", 48), ValueError, "page_size: expected a power of two up to 1048576, got 48"),
+    (DECODE, value("page_size", 1 << 30), ValueError, "page_size: expected a power of two up to 1048576, got 1073741824"),
+    (DECODE, value("len_offsets", (1 << 32,)), ValueError, "len_offset: expected -2147483648 to 2147483647, got 4294967296"),
     (DECODE, value("nsa_index_topk", 0), ValueError, "nsa_index_topk: expected 1 to"),
     (DECODE, value("rows", 4), ValueError, r"rows: expected bs \* rows per request = 3, got 4"),
     (TARGET_VERIFY, value("num_draft_tokens", 0), ValueError, "num_draft_tokens: expected 1 to"),
@@ -96,15 +99,68 @@ def test_at_replay_nothing_is_written(mode, spoil, error, text):
     case.check_untouched()
 
 
-def test_what_only_the_device_sees_is_refused_on_the_cpu():
-    case = make("cpu", DRAFT_EXTEND)
-    plan = case.plan()
-    lens, slots, extend, bs = case.batch
-    with pytest.raises(ValueError, match="extend_lens: expected at most the captured 12 rows, got 15"):
-        plan.generate(lens, slots, extend.fill_(5), bs)
-    with pytest.raises(ValueError, match="req_pool_indices: expected 0 to 6, got 7"):
-        plan.generate(lens, slots.fill_(7), extend.fill_(1), bs)
+def test_schedules_of_different_sizes(device):
+    case = make(device, num_dst=2)
+    case.destinations[1][AT["paged_mqa_schedule"]] = torch.full((9, 2), -7, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"paged_mqa_schedule_dst1: expected \[133, 2\] as of the destinations before it, got \[9, 2\]"):
+        case.plan()
+
+
+def test_a_pool_of_too_many_columns(device):
+    case = make(device)
+    wide = torch.empty((1, (1 << 30) + 1), dtype=torch.int32, device=device)  # on the CPU never touched
+    case.values = case.values._replace(req_to_token=wide)
+    with pytest.raises(ValueError, match="req_to_token: expected at most 1073741824 columns, and 34359738368 for all .* got 1073741825"):
+        case.plan()
+
+
+@pytest.mark.parametrize("at, name", [(SLOTS, "req_pool_indices"), (EXTEND, "extend_lens")])
+def test_only_lengths_may_be_the_captured_ones(device, at, name):
+    case = make(device, DRAFT_EXTEND, slot_dtype=torch.int32)
+    batch = list(case.batch)
+    batch[at] = case.destinations[0][AT["cache_seqlens"]]
+    with pytest.raises(ValueError, match=f"{name}: expected memory that is not written, but it overlaps cache_seqlens_dst"):
+        case.plan().generate(*batch)
     case.check_untouched()
+
+
+def test_captured_lengths_that_are_written_with_an_offset(device):
+    case = make(device, DECODE, length_dtype=torch.int32, len_offsets=(1,))
+    with pytest.raises(ValueError, match="seq_lens: .* overlaps cache_seqlens_dst"):
+        case.plan().generate(case.destinations[0][AT["cache_seqlens"]], *case.batch[1:])
+    case.check_untouched()
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_int64_lengths_in_captured_memory(device, first):
+    """Three take six words: at the captured lengths' own address, and with those only in their second half."""
+    case = make(device, DECODE)
+    buffer = torch.zeros(4, dtype=torch.int64, device=device)
+    case.destinations[0][AT["cache_seqlens"]] = buffer.view(torch.int32)[first : first + 3]
+    with pytest.raises(ValueError, match="seq_lens: .* overlaps cache_seqlens_dst"):
+        case.plan().generate(buffer[:3], *case.batch[1:])
+    assert not buffer.any()
+
+
+GOOD = dict(rows=12, cols=300, draft_tokens=4, topk=2048, page_size=64, segment_len=0, extra_last=False, num_sms=1, row_floor=0)
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"rows": 0}, "rows: expected 1 to 1073741824, got 0"),
+    ({"cols": 2**62}, "cols: expected 1 to 1073741824, got 4611686018427387904"),
+    ({"num_sms": 2**62}, "num_sms: expected 1 to 1073741824, got"),
+    ({"page_size": 0}, "page_size: expected 1 or more, got 0"),
+    ({"cols": 299}, "workspace: expected 3692 elements for these sizes, got 3704"),
+    ({"segment_len": 256}, "workspace: expected 3708 elements for these sizes, got 3704"),
+])  # fmt: skip
+def test_sizes_of_a_draft_extend_without_a_graph(device, change, text):
+    case = make(device, DRAFT_EXTEND)
+    *batch, bs = case.batch
+    generate, sizes = select(device).generate_draft_extend, workspace_sizes(bs, 12, 300, 5, 0)
+    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=text):
+        generate(*batch, bs, case.values.req_to_token, workspace, *(GOOD | change).values())
+    assert bool((workspace == -7).all())
 
 
 def test_too_few_rows_for_equal_shares(device):
