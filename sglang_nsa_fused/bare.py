@@ -168,8 +168,9 @@ def capture(backend, module: types.ModuleType, release: Release, mode: str, bs: 
 
 
 def graph_batch(
-    backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = ()
-) -> dict:
+    backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = (),
+    accepted_dtype: torch.dtype = torch.int32,
+) -> dict:  # fmt: skip
     """The arguments of `replay_graph`, from the runner's buffers, padded to bs as upstream's runners pad."""
     raw, device = len(slots), backend.graph_lens.device
     lengths = lengths + [1] * (bs - raw)
@@ -178,7 +179,7 @@ def graph_batch(
     spec_info = None
     if accepted:
         accepted = list(accepted) + [backend.speculative_num_draft_tokens] * (bs - raw)
-        accepted = torch.tensor(accepted, dtype=torch.int32, device=device)
+        accepted = torch.tensor(accepted, dtype=accepted_dtype, device=device)
         names = ("accept_length", "num_accepted_tokens", "num_accept_tokens")  # in one release or another
         spec_info = SimpleNamespace(**dict.fromkeys(names, accepted))
     return dict(

@@ -152,7 +152,8 @@ class Replay:
         """Rows of each request in this replay's draft extend; None where all have the same."""
         if self.mode != reference.DRAFT_EXTEND or self._release.accepted is None:
             return None
-        return getattr(spec_info, self._release.accepted)
+        lens = getattr(spec_info, self._release.accepted)
+        return lens if lens.dtype == torch.int32 else lens.to(torch.int32)  # int64 once a request of the batch has finished
 
     def copy(self, bs: int, precomputed) -> None:
         """Copies to every backend, with the schedule of these lengths, which upstream computes after its copy."""
