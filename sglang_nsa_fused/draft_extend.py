@@ -12,6 +12,11 @@ from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
 
+# Rows of a batch for which the planners are compared when the first batch comes, and so for all between. More are asked of
+# deep_gemm.
+FEWEST_AND_MOST = 1, 512
+
+
 class DraftExtend:
     """Builds upstream's metadata objects for one step backend. What does not depend on the batch is found once.
 
@@ -36,6 +41,10 @@ class DraftExtend:
         self._req_to_token = getattr(backend, release.req_to_token)
         self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
         self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
+        for rows in FEWEST_AND_MOST if self._num_sms else ():
+            planners.schedule_form(rows, backend.device)
+        if self._flashmla:
+            planners.flashmla(backend, FEWEST_AND_MOST[0])
         self._aranges: dict[int, torch.Tensor] = {}
         getattr(backend, release.set_prefill_impl)(forward_batch=None)
         self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}
@@ -60,7 +69,7 @@ class DraftExtend:
         pages = (cols + self._page_size - 1) // self._page_size
         is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         scheduled = self._num_sms and (self._v2_schedule or not is_v2)
-        form = self._planners.schedule_form(rows, self._req_to_token.device) if scheduled else NO_FORM
+        form = self._planners.known_form(rows) if scheduled else NO_FORM
 
         schedule_size = 0 if form is NO_FORM else 2 * (self._num_sms + 1)
         sizes = workspace_sizes(bs, rows, cols, pages, schedule_size)
@@ -82,10 +91,7 @@ class DraftExtend:
         schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(
             workspace, sizes
         )
-        flashmla = None
-        if self._flashmla:
-            flashmla = self._planners.flashmla(self._backend, rows)
-            flashmla = flashmla or self._planners.flashmla_of(self._backend, nsa_lens)
+        flashmla = self._planners.flashmla_for(self._backend, nsa_lens) if self._flashmla else None
         if form is not NO_FORM:
             schedule = schedule.view(-1, 2)
         else:

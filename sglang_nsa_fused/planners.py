@@ -48,6 +48,7 @@ class Planners:
         self._engine = engine
         self._schedule_forms: dict[int, ScheduleForm] = {}
         self._flashmla: dict[tuple, object] = {}
+        self._flashmla_by_rows: dict[tuple, object] = {}
         self._topk_buckets: dict[int, Optional[tuple]] = {}
         self._said: set[str] = set()
 
@@ -83,6 +84,14 @@ class Planners:
                 self._say("deep_gemm's schedule has a form that this plugin does not know; deep_gemm is called for it")
         return self._schedule_forms[rows]
 
+    def known_form(self, rows: int) -> ScheduleForm:
+        """As `schedule_form`, from what was compared before, since a server cannot wait for 72 plans: row counts between two
+        that were compared have the form that all of those have."""
+        form, compared = self._schedule_forms.get(rows), self._schedule_forms
+        if form is None and compared and min(compared) < rows < max(compared) and len(set(compared.values())) == 1:
+            form = next(iter(compared.values()))
+        return NO_FORM if form is None else form
+
     def _matches(self, form: ScheduleForm, lengths: torch.Tensor, expected: torch.Tensor) -> bool:
         if expected.dtype != torch.int32 or expected.dim() != 2 or expected.shape[1] != 2 or len(expected) < 2:
             return False
@@ -104,6 +113,17 @@ class Planners:
             if not alike:
                 self._say("flash_mla's metadata depends on the lengths; flash_mla is called for it")
         return self._flashmla[key]
+
+    def flashmla_for(self, backend, lengths: torch.Tensor):
+        """FlashMLA's own plan for int32 lengths [rows]: asked for once for so many rows, where every comparison before found
+        that it depends on nothing else."""
+        key = (len(lengths), getattr(backend, self._release.flashmla_heads))
+        plan = self._flashmla.get(key) or self._flashmla_by_rows.get(key)
+        if plan is None:
+            plan = self.flashmla_of(backend, lengths)
+            if self._flashmla and None not in self._flashmla.values():
+                self._flashmla_by_rows[key] = plan
+        return plan
 
     def flashmla_of(self, backend, lengths: torch.Tensor):
         """FlashMLA's own plan for int32 lengths [rows], already clamped to the index's top k by the caller."""

@@ -144,7 +144,7 @@ def test_a_draft_extend_is_one_launch_and_one_allocation(upstream, mode, flashml
     off, on = upstream.graphs("DECODE", 4, flashmla)
     for slots, lengths, bs in batches(4):
         batch = bare.draft_extend_batch(on, upstream.module, mode, slots, [n + 4 for n in lengths])
-        on.init_forward_metadata(batch)  # the planners are compared at the first batch of a size
+        on.init_forward_metadata(batch)  # the planners are compared at the first batch
         before = allocations()
         names = launched(lambda: on.init_forward_metadata(batch))
         plan = upstream.release.topk_v2_plan is not None  # upstream's planner makes it, and for few rows not at all
