@@ -23,7 +23,8 @@ from sglang_nsa_fused.verify import verified
 
 logger = logging.getLogger("sglang_nsa_fused")
 
-NOT_CAPTURABLE = (AttributeError, TypeError, ValueError)  # what upstream's objects that do not fit raise
+# What upstream's objects that do not fit raise, and planners that cannot be compared.
+NOT_CAPTURABLE = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
 
 class Hooks:

@@ -40,7 +40,10 @@ class DraftExtend:
         self._sizes = getattr(backend, release.draft_tokens), getattr(backend, release.index_topk), self._page_size
         self._req_to_token = getattr(backend, release.req_to_token)
         self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
-        self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
+        try:
+            self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
+        except ImportError:  # without deep_gemm upstream has none
+            self._num_sms = 0
         for rows in FEWEST_AND_MOST if self._num_sms else ():
             planners.schedule_form(rows, backend.device)
         if self._flashmla:

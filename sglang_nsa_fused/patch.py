@@ -57,7 +57,7 @@ class Installed:
         if spec is None or not spec.submodule_search_locations:
             raise Refused("sglang is not installed in this environment")
         self.folder = Path(list(spec.submodule_search_locations)[0])
-        self.version = metadata.version("sglang")
+        self.version = metadata.version("sglang").partition("+")[0]
         self.has_loader = (self.folder / LOADER).exists()
         self.file = self.folder / TARGET
 
@@ -73,7 +73,10 @@ class Installed:
         """loader (upstream's own), patched, unpatched or modified. Raises Refused."""
         if self.has_loader:
             return "loader"
-        patch, found = self.patch(), sha256(self.file.read_bytes())
+        patch = self.patch()
+        if not self.file.is_file():
+            raise Refused(f"{self.file} is missing; reinstall sglang")
+        found = sha256(self.file.read_bytes())
         return {patch.unmodified: "unpatched", patch.patched: "patched"}.get(found, "modified")
 
     def change(self, apply: bool) -> str:

@@ -16,12 +16,11 @@ def activate(direct: bool = False) -> None:
 
     direct: not by sglang's loader, so that nobody would apply hooks.
     """
-    from sglang_nsa_fused.settings import REQUIRED, Settings
+    from sglang_nsa_fused.settings import REQUIRED, Settings, is_required
 
-    required = False
+    required = is_required()  # also where another variable has a value that cannot be
     try:
         settings = Settings.from_env()
-        required = settings.required
         if settings.enabled:
             install(settings, direct)
     except Exception as error:
@@ -80,7 +79,7 @@ def import_backend(release):
     from sglang_nsa_fused import releases
 
     _, installed = find_release()
-    known = installed in release.versions
+    known = releases.find(installed) is not None
     try:
         module = importlib.import_module(release.module)
     except ModuleNotFoundError as error:
@@ -93,6 +92,8 @@ def import_backend(release):
         changed = f"sglang was changed: {lacks}; reinstall sglang"
         raise Unsupported(changed if known else _unsupported(installed, lacks))
     if not known:
+        if unknown := releases.unknown_names(release, module):
+            raise Unsupported(_unsupported(installed, f"in {release.module} {', '.join(unknown)}"))
         _say_untested(untested(installed, release))
     return module
 

@@ -248,16 +248,28 @@ RELEASES = (
 )  # fmt: skip
 
 
+# Of the newest release's metadata. One that is added later is something to refresh that nothing here knows.
+NEWEST_FIELDS = frozenset((
+    "cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "dsa_cache_seqlens_int32", "dsa_cu_seqlens_k", "dsa_cu_seqlens_q",
+    "dsa_extend_seq_lens_list", "dsa_max_seqlen_q", "dsa_seqlens_expanded", "flashmla_metadata", "indexer_k_start_end",
+    "indexer_logical_page_table", "indexer_seq_lens", "indexer_seq_lens_cpu", "kpool_extend_plan", "kpool_write_plan",
+    "max_seq_len_k", "max_seq_len_q", "page_size", "page_table_1", "page_table_1_flattened", "paged_mqa_ctx_lens_2d",
+    "paged_mqa_schedule_metadata", "pooled_cache_seqlens_int32", "pooled_index_kpool", "pooled_paged_mqa_schedule_metadata",
+    "pooled_real_page_table", "pooled_topk_v2_plan", "real_page_table", "seq_lens_sum", "token_to_batch_idx",
+    "topk_indices_offset", "topk_v2_plan",
+))  # fmt: skip
+
+
 def find(version: str) -> Release | None:
-    """The release with this version of sglang, or None where it is not supported."""
-    return next((release for release in RELEASES if version in release.versions), None)
+    """The release with this version of sglang, with or without a local suffix as in +cu129; None: it is not supported."""
+    return next((release for release in RELEASES if version.partition("+")[0] in release.versions), None)
 
 
 def newest(version: str) -> Release | None:
-    """The newest known release for a version that is not older than it, else None."""
-    if _numbers(version) < _numbers(RELEASES[-1].versions[-1]):
-        return None
-    return RELEASES[-1]
+    """The newest known release for a version that is newer than it, else None. A pre-release comes before its release."""
+    last = _numbers(RELEASES[-1].versions[-1])
+    older = _numbers(version) < last or (_numbers(version) == last and re.search(r"dev|rc|a\d|b\d", version.partition("+")[0]))
+    return None if older else RELEASES[-1]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -266,6 +278,20 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def supported_versions() -> str:
     return f"{RELEASES[0].versions[0]} to {RELEASES[-1].versions[-1]}"
+
+
+def unknown_names(release: Release, module) -> list[str]:
+    """What the backend module of an sglang newer than all known has otherwise, where `missing_names` finds nothing: fields
+    that nobody here would refresh, and attributes of the backend that its constructor no longer sets."""
+    fields = getattr(module, release.metadata).__dataclass_fields__.keys()
+    constructors = [vars(base).get("__init__") for base in getattr(module, release.backend).__mro__]
+    named = {name for init in constructors if hasattr(init, "__code__") for name in init.__code__.co_names}
+    read = (
+        release.page_size, release.req_to_token, release.draft_tokens, release.index_topk, release.decode_impl, release.kpool,
+        release.flashmla_heads, release.kv_shard_pool,
+    )  # fmt: skip
+    added = [f"{release.metadata}.{name} is new" for name in sorted(fields - NEWEST_FIELDS)]
+    return added + [f"{release.backend}.{name} is gone" for name in read if name and name not in named]
 
 
 def missing_names(release: Release, module) -> list[str]:

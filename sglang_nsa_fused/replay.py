@@ -47,7 +47,8 @@ class Replay:
         if release.topk_v2_plan is not None and getattr(self._metadatas[0], release.topk_v2_plan) is not None:
             self._after.append(self._refresh_topk_v2_plan)
         self._after_copy = tuple(self._after)
-        self._generate = self._generator(destinations, bs, engine) if engine.generate_plan else None
+        self._generated = self._generation(destinations, bs, engine) if engine.generate_plan else None
+        self._generate = self._generated.generate if self._generated else None
 
     @staticmethod
     def _state(release: Release, backend, metadata) -> dict:
@@ -67,7 +68,7 @@ class Replay:
             metadata.paged_mqa_schedule_metadata,
         )
 
-    def _generator(self, destinations: list[tuple], bs: int, engine: Engine) -> Optional[Callable]:
+    def _generation(self, destinations: list[tuple], bs: int, engine: Engine) -> Optional[ReplayPlan]:
         release, backend, metadata = self._release, self._backend, self._metadatas[0]
         rows = len(destinations[0][3])
         # Then its number of rows is known on the device alone.
@@ -114,7 +115,7 @@ class Replay:
             row_floor=release.floor,
             topk_buckets=buckets or (),
         )
-        return ReplayPlan(self.mode, list(zip(*tensors)), engine, values).generate
+        return ReplayPlan(self.mode, list(zip(*tensors)), engine, values)
 
     def _refresh_schedule(self, bs: int) -> None:
         for metadata in self._metadatas:

@@ -37,6 +37,10 @@ class Settings:
         )
 
 
+def is_required(env: Mapping[str, str] = os.environ) -> bool:
+    return env.get(REQUIRED, "").lower() in _TRUE
+
+
 def _flag(env: Mapping[str, str], name: str) -> bool:
     value = env.get(name, "").lower()
     if value not in _TRUE + _FALSE:

@@ -5,6 +5,8 @@ import types
 
 import torch
 
+OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays"}  # set anew for each batch, and ours
+
 
 def steps_are_alike(backends: list) -> bool:
     """Whether all that these backends' methods read of them is equal, so that equal batches give equal metadata.
@@ -12,7 +14,7 @@ def steps_are_alike(backends: list) -> bool:
     What only the constructor stores does not count: upstream's step number, which no method reads yet. A release
     that gives steps lengths of their own reads it, and its steps are not alike.
     """
-    read = _names(type(backends[0]))
+    read = _names(type(backends[0])) - OF_BATCHES
     first, *others = ({name: value for name, value in vars(b).items() if name in read} for b in backends)
     return all(
         type(backend) is type(backends[0]) and mine.keys() == first.keys() and all(map(_same, mine.values(), first.values()))
@@ -54,7 +56,10 @@ def _same(a, b, depth: int = 3) -> bool:
         return len(a) == len(b) and all(_same(one, other, depth - 1) for one, other in zip(a, b))
     if type(a).__eq__ is object.__eq__ and not callable(a) and hasattr(a, "__dict__"):
         return _same(vars(a), vars(b), depth - 1)
-    return bool(a == b)
+    try:
+        return bool(a == b)
+    except (RuntimeError, TypeError, ValueError):  # such as tensors within a dataclass
+        return False
 
 
 def buffer_bytes(buffers: dict) -> int:
@@ -63,5 +68,5 @@ def buffer_bytes(buffers: dict) -> int:
     for value in buffers.values():
         for tensor in (value, *vars(value).values()) if hasattr(value, "__dict__") else (value,):
             if isinstance(tensor, torch.Tensor):
-                storages[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())

@@ -1,10 +1,13 @@
 """What differs on some GPUs and servers, and what the plugin leaves to upstream."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import backends, bare, planners
+from sglang_nsa_fused import backends, bare, planners, releases
 
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):
@@ -114,3 +117,27 @@ def test_a_top_k_plan_that_is_unwritten_is_left_so(upstream, monkeypatch):
     assert found.topk_buckets(on, 32) == ()
     monkeypatch.setattr(planners, "_built_over_poison", lambda build, lengths: torch.full((len(lengths) + 1, 2), -6).int())
     assert found.topk_buckets(on, 64) is None
+
+
+def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstream, deep_gemm, monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("deep_gemm: no")
+
+    monkeypatch.setattr(planners.Planners, "schedule_form", fails)
+    backends._refuse.cache_clear()
+    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    assert set(on._replays.values()) == {None}
+    assert "batch size 8 keeps upstream's replay: deep_gemm: no" in caplog.text
+
+
+def test_a_newer_sglang_is_refused_what_is_not_known(upstream):
+    newest = releases.RELEASES[-1]
+    if upstream.release is not newest:
+        pytest.skip("for the newest release")
+    assert releases.unknown_names(newest, upstream.module) == []
+    renamed = dataclasses.replace(newest, page_size="paper_size")
+    assert releases.unknown_names(renamed, upstream.module) == [f"{newest.backend}.paper_size is gone"]
+    metadata = getattr(upstream.module, newest.metadata)
+    more = dataclasses.make_dataclass(newest.metadata, [("new_plan", int, 0)], bases=(metadata,), frozen=True)
+    module = SimpleNamespace(**{newest.metadata: more, newest.backend: upstream.classes[0]})
+    assert releases.unknown_names(newest, module) == [f"{newest.metadata}.new_plan is new"]

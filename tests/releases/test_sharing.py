@@ -75,6 +75,17 @@ def test_steps_have_all_that_the_first_ones_preparation_sets(upstream):
         assert vars(theirs).keys() <= vars(ours).keys()
 
 
+def test_metadata_of_a_batch_without_a_graph_tells_no_step_apart(upstream, deep_gemm):
+    on = upstream.multi(upstream.fused(), 4)
+    for number, backend in enumerate(on.attn_backends):
+        batch = bare.draft_extend_batch(backend, upstream.module, "DRAFT_EXTEND_V2", [1, 2], [100 + number, 200])
+        backend.init_forward_metadata(batch)
+    assert sharing.steps_are_alike(on.attn_backends)
+    on.attn_backends[1].req_to_token_pool = on.attn_backends[0].forward_metadata  # any two dataclasses of tensors
+    on.attn_backends[0].req_to_token_pool = on.attn_backends[2].forward_metadata
+    assert not sharing.steps_are_alike(on.attn_backends)
+
+
 def test_another_table_of_slots_is_not_shared(upstream):
     on = upstream.multi(upstream.fused(), 3)
     on.attn_backends[1].req_to_token = on.attn_backends[0].req_to_token + 1

@@ -70,6 +70,13 @@ def test_gate_that_is_neither_true_nor_false_warns(monkeypatch, caplog):
     assert f"{GATE}: expected one of" in caplog.text
 
 
+def test_a_bad_gate_exits_where_the_plugin_is_required(monkeypatch):
+    monkeypatch.setenv(GATE, "maybe")
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(SystemExit, match=f"{GATE}: expected one of"):
+        plugin.activate()
+
+
 @pytest.mark.parametrize("version", ["0.5.7", "0.5.8.post1", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.18", "0.5.23"])
 def test_supported(version):
     assert version in releases.find(version).versions
@@ -102,6 +109,7 @@ def test_a_newer_release_with_all_names_is_tried_and_said_once(tomorrows, monkey
     module = object()
     tomorrows(version, module)
     monkeypatch.setattr(releases, "missing_names", lambda release, module: [])
+    monkeypatch.setattr(releases, "unknown_names", lambda release, module: [])
     release, found = plugin.find_release()
     assert (release, found) == (releases.RELEASES[-1], version)
     assert plugin.import_backend(release) is plugin.import_backend(release) is module
@@ -118,7 +126,21 @@ def test_a_newer_release_that_lacks_a_name_is_left_alone(tomorrows):
         plugin.import_backend(release)
 
 
-@pytest.mark.parametrize("version", ["0.5.6.post2", "0.4.10", "0.5.18.post9"])
+def test_a_newer_release_that_has_more_to_refresh_is_left_alone(tomorrows, monkeypatch):
+    tomorrows("0.5.24", object())
+    monkeypatch.setattr(releases, "missing_names", lambda release, module: [])
+    monkeypatch.setattr(releases, "unknown_names", lambda release, module: ["DSAMetadata.new_plan is new"])
+    with pytest.raises(plugin.Unsupported, match="0.5.24 is not supported; .*; in .*dsa_backend DSAMetadata.new_plan is new"):
+        plugin.import_backend(plugin.find_release()[0])
+
+
+@pytest.mark.parametrize("version, release", [("0.5.12.post1+cu129", releases.NSA_0_5_12), ("0.5.23+local", releases.DSA_0_5_23)])
+def test_a_local_suffix_does_not_matter(monkeypatch, version, release):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert plugin.find_release() == (release, version)
+
+
+@pytest.mark.parametrize("version", ["0.5.6.post2", "0.4.10", "0.5.18.post9", "0.5.23.dev5+gabc", "0.5.23rc1"])
 def test_an_unknown_release_that_is_not_newer_is_not_tried(monkeypatch, version):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     with pytest.raises(plugin.Unsupported, match="is not supported"):
