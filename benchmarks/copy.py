@@ -17,6 +17,7 @@ from benchmarks.record import commit as project_commit
 from benchmarks.record import default_path
 from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
 from sglang_nsa_fused.bench import record
+from sglang_nsa_fused.bench.servers import NO_GPU
 from sglang_nsa_fused.bench.timing import copy_rate, gpu_us, host_us, launches
 from sglang_nsa_fused.settings import Settings
 
@@ -154,6 +155,8 @@ def main(
     out: Annotated[Optional[Path], typer.Option(help="Result file.")] = None,
     commit: Annotated[Optional[str], typer.Option(help="Project commit measured; from git unless given.")] = None,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit(NO_GPU)
     cases, console = [], Console(width=120)
     rate = copy_rate()
     grid = [(n, b, c, f) for f in (False, True) for n in num_dst for b in bs for c in columns]

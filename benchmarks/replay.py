@@ -15,7 +15,7 @@ from benchmarks.record import default_path
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
 from sglang_nsa_fused.bench.replay import KINDS, names, numbers
-from sglang_nsa_fused.bench.servers import CACHES
+from sglang_nsa_fused.bench.servers import CACHES, NO_GPU
 
 CONTEXT, SHORT, LONG = 163_840, 512, 131_072
 
@@ -28,6 +28,8 @@ def main(
     out: Annotated[Optional[Path], typer.Option(help="Result file.")] = None,
     commit: Annotated[Optional[str], typer.Option(help="Project commit measured; from git unless given.")] = None,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit(NO_GPU)
     # Long contexts and FlashMLA's cache once, with four steps.
     short = [Case(k, n, b, SHORT, "bf16") for k in kind for n in draft_steps for b in bs]
     more = [Case(k, 4, b, c, f) for k in kind for b in bs for c in (SHORT, LONG) for f in CACHES] if 4 in draft_steps else []

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -247,11 +246,13 @@ def measure_one(configuration: Configuration, pair: list[Server], results: Resul
     return problems
 
 
-def machine(site: str) -> dict:
+def machine(site: str, command: str) -> dict:
     try:
         found = servers.machine(site)
     except Failed as error:
         raise SystemExit(f"{error}; give their folders as --site") from None
+    if found["gpu"] is None and command == servers.COMMAND:
+        raise SystemExit(servers.NO_GPU)
     return {"gpu": found["gpu"] or "no GPU", "sglang": found["sglang"], "torch": found["torch"]}
 
 
@@ -326,10 +327,9 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
 def main(argv=None) -> int:
     args = parse(argv)
     deadline = time.monotonic() + 60 * args.max_minutes
-    for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
-        signal.signal(number, servers.interrupt)
+    servers.interrupt_on_signals()
     servers.write_probe(args.log_dir / "probe")
-    head = {"schema": 1, "what": "server", **machine(args.site), "commit": args.commit or commit()}
+    head = {"schema": 1, "what": "server", **machine(args.site, args.server_command), "commit": args.commit or commit()}
     args.release = releases.find(head["sglang"])
     results = Results(args.out or default_path("server", head["gpu"], head["sglang"]), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")

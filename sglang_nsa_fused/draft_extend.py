@@ -11,7 +11,6 @@ from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
-
 # Rows of a batch for which the planners are compared when the first batch comes, and so for all between. More are asked of
 # deep_gemm.
 FEWEST_AND_MOST = 1, 512

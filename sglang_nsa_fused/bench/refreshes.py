@@ -113,7 +113,10 @@ class Results:
 
     def __init__(self, path: Path | None, head: dict):
         self.path, self.head, self.cases = path, head, []
-        self.table = Table("refresh", "host us", "", "GPU us", "", "launches", "", "syncs", "", "MB", "% of a copy of these")
+        self.table = Table(
+            *("refresh", "host us, sglang", "plugin", "GPU us, sglang", "plugin", "launches, sglang", "plugin"),
+            *("syncs, sglang", "plugin", "MB", "% of a copy of these"),
+        )
 
     def add(self, case: Case, found: dict, copy_rate: Callable[[int], float]) -> None:
         """copy_rate: of so many bytes moved -> bytes per microsecond."""

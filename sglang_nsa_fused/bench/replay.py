@@ -1,5 +1,6 @@
 """`sglang-nsa-fused bench replay`: its options, and the way from them to a table."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Callable, Iterable
 
@@ -58,6 +59,10 @@ def replay(
         raise typer.BadParameter(f"--length {max(length)} and its draft tokens do not fit --width {width}")
     if min(draft_steps) < 2:
         raise typer.BadParameter("--draft-steps: with one draft step there is no metadata to replay")
+    if max(draft_steps) > 17:
+        raise typer.BadParameter(f"--draft-steps: expected at most 17, one launch serves 16 step backends, got {max(draft_steps)}")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("matplotlib is missing: pip install 'sglang-nsa-fused[bench]'")
     import torch
     from rich.console import Console
 

@@ -1,7 +1,7 @@
 """`sglang-nsa-fused bench server`: its options, and the way from them to a table."""
 
 import importlib.util
-import signal
+import shlex
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def server(
     layers: Annotated[int, Option(min=1, help="Of the small model with random weights.")] = small_model.LAYERS,
     experts: Annotated[int, Option(help="Of the small model.")] = small_model.EXPERTS,
     model_path: Annotated[Optional[str], Option(help="A real model, for sglang's --model-path.")] = None,
-    draft_steps: Annotated[int, Option(min=2, max=16, help="--speculative-num-steps of the servers.")] = 4,
+    draft_steps: Annotated[int, Option(min=2, max=17, help="--speculative-num-steps of the servers.")] = 4,
     cache: Annotated[
         Optional[str], Option(help="KV cache: bf16, fp8. Unless given bf16, for a real model sglang's choice.")
     ] = None,
@@ -100,6 +100,22 @@ def check(options: SimpleNamespace) -> None:
             raise typer.BadParameter(f"--attach: expected two URLs as in http://127.0.0.1:30000, got {wrong[0]!r}")
         if options.simulate_acceptance:
             raise typer.BadParameter("--simulate-acceptance is not for --attach: start your servers with SGLANG_SIMULATE_ACC_LEN")
+        if options.attach[0] == options.attach[1]:
+            raise typer.BadParameter(f"--attach: expected two servers, got {options.attach[0]} twice")
+    for name in ("model_path", "cache"):
+        if getattr(options, name) == "":
+            raise typer.BadParameter(f"--{name.replace('_', '-')}: expected a value, got an empty one; is a variable unset?")
+    if (model := options.model_path or "").startswith(("/", "./", "../", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+        raise typer.BadParameter(f"--model-path: expected a folder with a config.json, got {model}")
+    try:
+        shlex.split(options.server_flags)
+    except ValueError as error:
+        raise typer.BadParameter(f"--server-flags: {error}, got {options.server_flags!r}") from error
+    for name in ("json", "plot"):
+        if getattr(options, name):
+            check_writable(f"--{name}", getattr(options, name))
+    if options.log_dir:
+        check_writable("--log-dir", options.log_dir / "server.log")
     if options.cache not in (None, *CACHES):
         raise typer.BadParameter(f"--cache: expected one of {', '.join(CACHES)}, got {options.cache!r}")
     try:
@@ -111,6 +127,17 @@ def check(options: SimpleNamespace) -> None:
         raise typer.BadParameter(
             f"--length {longest} and --output-tokens do not fit --context-length {context}; give a larger one"
         )
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raises typer.BadParameter, before anything is measured for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise typer.BadParameter(f"{option}: {path} cannot be written: {error.strerror}") from error
 
 
 def read(result, options: SimpleNamespace) -> None:
@@ -130,8 +157,7 @@ def measure(result, folder: Path, options: SimpleNamespace) -> None:
     from sglang_nsa_fused.bench import launch, record, report, rounds
     from sglang_nsa_fused.bench.drive import Case
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # explicitly: a shell's background job ignores the first
-        signal.signal(number, servers.interrupt)
+    servers.interrupt_on_signals()
     names = ("rounds", "warmup", "repeats", "output_tokens", "request_seconds", "ready_seconds")
     cases = [Case(at_once, length) for length in options.length for at_once in options.concurrency]
     given = {name: getattr(options, name) for name in names}

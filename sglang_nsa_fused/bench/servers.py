@@ -26,6 +26,7 @@ HOST = "127.0.0.1"
 COMMAND = f"{shlex.quote(sys.executable)} -m sglang.launch_server"
 # NSA (DSA) backend and cache dtype of each kind of cache.
 CACHES = {"bf16": ("flashmla_sparse", "bfloat16"), "fp8": ("flashmla_kv", "fp8_e4m3")}
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS_APART = 1000  # of two servers: data-parallel attention takes some hundreds more than the first
 REQUEST_SECONDS = 300
 NO_GPU = "no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`"
@@ -205,9 +206,9 @@ def write_probe(folder: Path) -> None:
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Holds Ctrl-C and SIGTERM back to the end of the block. Child processes inherit no handler, as they would a mask."""
+    """Holds Ctrl-C and its like back to the end of the block. Child processes inherit no handler, as they would a mask."""
     came = []
-    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: came.append(1)) for number in ENDING if not is_ignored(number)}
     try:
         yield
     finally:
@@ -215,6 +216,18 @@ def uninterrupted():
             signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
+
+
+def is_ignored(number: int) -> bool:
+    """Under nohup a closed terminal is; a shell's background job has Ctrl-C ignored, and that counts all the same."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+def interrupt_on_signals() -> None:
+    """Whoever ends this process, or closes its terminal, ends it as Ctrl-C does, so that no server is left."""
+    for number in ENDING:
+        if not is_ignored(number):
+            signal.signal(number, interrupt)
 
 
 def interrupt(*_):

@@ -24,17 +24,22 @@ def read(paths: list[Path]) -> list[dict]:
     for path in paths:
         try:
             lines = path.read_text().splitlines()
-        except OSError as error:
-            raise Failed(f"{path}: {error.strerror}; expected a file that bench_serving wrote (--output-file)") from error
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "no text"
+            raise Failed(f"{path}: {why}; expected a file that bench_serving wrote (--output-file)") from error
         for number, line in enumerate(lines, 1):
             try:
                 result = json.loads(line)
-                missing = [field for field in FIELDS.values() if field not in result and field != "accept_length"]
-            except (ValueError, TypeError):
+                missing = [
+                    field for field in FIELDS.values() if field != "accept_length" and not isinstance(result.get(field), (int, float))
+                ]
+            except (ValueError, TypeError, AttributeError):
                 missing = ["JSON"]
             if missing:
                 raise Failed(f"{path}:{number}: expected a result of bench_serving, and it has no {missing[0]}")
             found.append(result)
+    if not found:
+        raise Failed(f"{', '.join(map(str, paths))}: expected results of bench_serving, and there are none")
     return found
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import random
 import re
-import signal
 import statistics
 import time
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ class Options:
 @contextlib.contextmanager
 def running(configuration: Configuration, options: Options):
     """The pair, stopped however the block ends. Raises Failed."""
-    signal.signal(signal.SIGTERM, servers.interrupt)  # whoever ends pytest ends the servers too
+    servers.interrupt_on_signals()
     servers.write_probe(options.log_dir / "probe")
     pair = Pair(*(Server(side, configuration, options) for side in SIDES))
     before = servers.gpu_memory_mib()

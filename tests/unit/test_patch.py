@@ -45,9 +45,9 @@ def run(*words):
 
 
 def test_apply_status_revert(sglang):
-    assert "unpatched" in run("status").output
+    assert ": unpatched" in run("status").output
     assert run("apply").exit_code == 0 and sglang.read_bytes() != SOURCE
-    assert "patched" in run("status").output
+    assert ": patched" in run("status").output
     assert stat.S_IMODE(sglang.stat().st_mode) == 0o640
     assert "nothing to do" in run("apply").output
     assert run("revert").exit_code == 0 and sglang.read_bytes() == SOURCE
