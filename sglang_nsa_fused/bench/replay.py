@@ -62,7 +62,7 @@ def replay(
     if max(draft_steps) > 17:
         raise typer.BadParameter(f"--draft-steps: expected at most 17, one launch serves 16 step backends, got {max(draft_steps)}")
     if plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("matplotlib is missing: pip install 'sglang-nsa-fused[bench]'")
+        raise SystemExit("matplotlib is missing: pip install matplotlib")
     import torch
     from rich.console import Console
 

@@ -71,7 +71,7 @@ def server(
     check(options)
     for package in ("aiohttp", "scipy", *(["matplotlib"] if plot else [])):
         if importlib.util.find_spec(package) is None:
-            raise SystemExit(f"{package} is missing: pip install 'sglang-nsa-fused[bench]'")
+            raise SystemExit(f"{package} is missing: pip install aiohttp matplotlib 'scipy>=1.9'")
     from sglang_nsa_fused.bench import report
 
     folder = (log_dir or Path(tempfile.mkdtemp(prefix="nsa-bench-"))).resolve()

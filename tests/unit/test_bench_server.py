@@ -406,7 +406,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     result = CliRunner().invoke(app, ["bench", "server"])
     assert result.exit_code == 1
-    assert "scipy is missing: pip install 'sglang-nsa-fused[bench]'" in str(result.exception.args) + result.output
+    assert "scipy is missing: pip install aiohttp matplotlib 'scipy>=1.9'" in str(result.exception.args) + result.output
 
 
 def test_the_command_line_imports_no_torch():
