@@ -32,11 +32,16 @@ def rows_of(header: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
+def steps(results: dict) -> dict[str, dict]:
+    """decode_step_ms, or step_ms in a file from before there was that."""
+    return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
+
+
 def server(of: str) -> str:
     results = load("server", of)
     host, graph = by_name(results, "host_us"), by_name(results, "gpu_draft_us")
     rows = []
-    for case in by_name(results, "step_ms").values():
+    for case in steps(results).values():
         spread = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in ("upstream", "ours")]
         kinds = [host.get(f"{case['name']}-{kind}") for kind in ("draft", "verify", "extend")]
         refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
@@ -62,7 +67,7 @@ def replay(of: str) -> str:
 def estimate(of: str) -> str:
     """Per case what a step saved, and its share of a step that takes so long on the GPU."""
     rows = []
-    for case in by_name(load("server", of), "step_ms").values():
+    for case in steps(load("server", of)).values():
         if parse(case["name"]).control:
             continue
         saved = case["upstream"] - case["ours"]

@@ -79,7 +79,7 @@ def step_along(cases: list[tuple[Case, dict]], dimension: str):
 def main(folder: Path = DOCS) -> None:
     for release in RELEASES:
         replays, servers = load("replay", release), load("server", release)
-        steps = of_metric(servers, "step_ms")
+        steps = of_metric(servers, "decode_step_ms") or of_metric(servers, "step_ms")
         if release == README:
             save(servers, folder / "gain.png", partial(host_of_each, of_metric(replays, "host_us")), partial(steps_of_all, steps))
         gpu = of_metric(replays, "gpu_us")

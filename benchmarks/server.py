@@ -1,9 +1,9 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
 For each configuration both servers run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
-greedy requests in turn. Records the time of a speculative step, the host time of each refresh of metadata (draft, verify,
-draft extend), the GPU time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be
-the same.
+greedy requests in turn. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
+decode_step_ms: from one draft to the next), the host time of each refresh of metadata (draft, verify, draft extend), the GPU
+time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be the same.
 
     python -m benchmarks.server
 """
@@ -28,9 +28,11 @@ from rich.table import Table
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
 from sglang_nsa_fused.bench import record, servers, sides, small_model
-from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
+from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
+
+OBSERVED = 3  # runs of each case and side, after those that count
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Configuration:
     cache: str
     layers: int
     one_core: bool
-    control: bool
+    control: bool  # both sides without the plugin
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
@@ -107,21 +109,31 @@ def pin(up: list[Server]) -> None:
                     os.sched_setaffinity(int(thread.name), {core})
 
 
-def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, Run]]:
-    """The same requests to one side, the other, the other, the one: the runs that count, and one with its draft tokens."""
+def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+    """The same requests to one side, the other, the other, the one: the runs that count, and those that were observed."""
     draw = random.Random(f"{batch} {length}")
     prompts = [[draw.randrange(10, 120_000) for _ in range(length)] for _ in range(batch)]
-    runs, checked = {side: [] for side in SIDES}, {}
-    for repeat in range(args.warmup + args.repeats):
-        for server in servers if repeat % 2 == 0 else servers[::-1]:
-            runs[server.side].append(server.generate(prompts, args.output_tokens))
-    for keep in (True, False):
-        for server in servers:
-            server.keep_drafts(keep)
-        time.sleep(SETTLE_SECONDS)
-        if keep:
-            checked = {server.side: server.generate(prompts, args.output_tokens) for server in servers}
-    return {side: found[args.warmup :] for side, found in runs.items()}, checked
+
+    def in_turn(times: int) -> dict[str, list[Run]]:
+        runs = {side: [] for side in SIDES}
+        for repeat in range(times):
+            for server in servers if repeat % 2 == 0 else servers[::-1]:
+                runs[server.side].append(server.generate(prompts, args.output_tokens))
+        return runs
+
+    in_turn(args.warmup)
+    runs = in_turn(args.repeats)
+    with observed(*servers):
+        return runs, in_turn(OBSERVED)
+
+
+def decode_steps(samples: list[dict], runs: list[Run], batch: int) -> list[float]:
+    """Milliseconds from one refresh for the draft steps to the next, of full batches within a run."""
+    found = []
+    for run in runs:
+        at = [one["at"] for one in samples if one.get("kind") == "draft" and one["bs"] >= batch and run.start <= one["at"] <= run.end]
+        found += [(one - before) / 1e6 for before, one in itertools.pairwise(sorted(at))]
+    return found
 
 
 def sha(runs: list[Run]) -> str:
@@ -136,11 +148,12 @@ def result(name: str, metric: str, samples: dict[str, list[float]], **more) -> d
 
 def case(name: str, servers: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
     """The metrics of one case, and what is wrong with it. Raises Failed."""
-    runs, checked = drive(servers, batch, length, args)
+    runs, observed_runs = drive(servers, batch, length, args)
     for server in servers:
         server.check_log()
     problems = []
-    drafts = {server.side: server.drafts(checked[server.side].start, checked[server.side].end) for server in servers}
+    first = {side: found[0] for side, found in observed_runs.items()}
+    drafts = {server.side: server.drafts(first[server.side].start, first[server.side].end) for server in servers}
     draft_sha = {side: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] for side, rows in drafts.items()}
     distinct = {side: len({run.ids for run in found}) for side, found in runs.items()}
     # Where upstream does not repeat itself (its top-k takes tokens in any order, which shows beyond index_topk tokens),
@@ -155,9 +168,15 @@ def case(name: str, servers: list[Server], batch: int, length: int, args) -> tup
         problems.append(f"{name}: the output ids differ ({distinct[OURS]} different outputs in {args.repeats} repeats)")
     steps = {side: statistics.median(run.steps for run in found) for side, found in runs.items()}
     step_ms = {side: [run.step_ms for run in found] for side, found in runs.items()}
-    refreshes = {server.side: sides.refreshes(server.samples(), runs[server.side], batch) for server in servers}
+    samples = {server.side: server.samples() for server in servers}
+    refreshes = {side: sides.refreshes(samples[side], runs[side], batch) for side in SIDES}
+    for side in SIDES:
+        refreshes[side][sides.GRAPH] = sides.refreshes(samples[side], observed_runs[side], batch)[sides.GRAPH]
     sha_of = {"output_sha": output_sha, "draft_sha": draft_sha, "distinct_outputs": distinct}
     results = [result(name, "step_ms", step_ms, verify_steps=steps, **sha_of)]
+    decode_step_ms = {side: decode_steps(samples[side], runs[side], batch) for side in SIDES}
+    if all(decode_step_ms.values()):
+        results.append(result(name, "decode_step_ms", decode_step_ms, **sha_of))
     for kind, (part, metric) in sides.KINDS.items():
         if all(found[kind] for found in refreshes.values()):
             us = {side: found[kind] for side, found in refreshes.items()}
@@ -276,7 +295,7 @@ def parse(argv) -> argparse.Namespace:
     # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
     add("--warmup", type=int, default=2, help="rounds before them")
     help_start = "staggered: the second when the first is ready"
-    add("--control", action="store_true", help="both sides without the plugin: how much two processes of sglang differ")
+    add("--control", action="store_true", help="also a pair without the plugin: how much two processes of sglang differ")
     add("--start", choices=["together", "staggered"], default="together", help=help_start)
     add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
@@ -308,8 +327,9 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
     configurations = [
-        Configuration(steps, cache, layers, args.one_core, args.control)
+        Configuration(steps, cache, layers, args.one_core, control)
         for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
+        for control in (False, True)[: 1 + args.control]
     ]
     try:
         for first in range(0, len(configurations), args.at_once):

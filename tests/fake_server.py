@@ -41,6 +41,23 @@ def sample(**what) -> None:
             file.write(json.dumps({"at": time.perf_counter_ns(), **what}) + "\n")
 
 
+def refreshes(step: int) -> None:
+    for kind in ("draft", "verify", "extend"):
+        sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * step)
+
+
+def whole(prompts: list, total: int) -> list[dict]:
+    """The answer to all requests of one call."""
+    steps = -(-(total - 1) // STEP_TOKENS)
+    for step in range(1, steps + 1):
+        time.sleep(STEP_SECONDS)
+        refreshes(step)
+        if os.path.exists(f"{SAMPLES}.observe"):
+            sample(kind="draft graph", bs=8, ns=4_000_000 - 1_000_000 * ON)
+            sample(drafts=[[step, sum(prompt) + (ON and fake("DRAFTS"))] for prompt in prompts])
+    return [{"output_ids": output_ids(prompt, total), "meta_info": {"spec_verify_ct": steps}} for prompt in prompts]
+
+
 def output_ids(prompt: list, total: int, alone: bool = True) -> list[int]:
     """alone: no other request may be in the batch, or those of the same call."""
     ids = [(sum(prompt) + at) % 1000 for at in range(total)]
@@ -82,13 +99,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         total, prompts = request["sampling_params"]["max_new_tokens"], request["input_ids"]
         if not request.get("stream"):
-            return self.wfile.write(json.dumps([{"output_ids": output_ids(prompt, total)} for prompt in prompts]).encode())
+            return self.wfile.write(json.dumps(whole(prompts, total)).encode())
         ids, steps = output_ids(prompts, total, alone=False), 0
         for end in [1, *range(1 + STEP_TOKENS, total, STEP_TOKENS), total]:
             time.sleep(STEP_SECONDS)
             steps += end > 1
-            for kind in ("draft", "verify", "extend", "draft graph"):
-                sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * steps)
+            refreshes(steps)
             meta = {
                 "completion_tokens": end,
                 "spec_verify_ct": steps,

@@ -1,10 +1,13 @@
 """sglang plugin that benchmarks put in both servers: times each refresh of metadata, upstream's or ours.
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
-clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host. Of kind
-"draft graph" the duration is the GPU's, of the graph of all draft steps. While a file of that name with ".drafts"
-exists, it also appends the draft tokens of each step, since output ids do not tell wrong draft metadata: the target
-model corrects it. "peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process.
+clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host.
+"peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process.
+
+While a file of that name with ".observe" exists it also appends, at a price: the draft tokens of each step ("drafts"), since
+output ids do not tell wrong draft metadata: the target model corrects it; and with kind "draft graph" the GPU's time for the
+graph of all draft steps. The GPU waits DELAY_CYCLES before it: otherwise the launch of a graph of hundreds of kernels would
+count where the GPU has nothing else to do, and be hidden where upstream's refresh still keeps it busy.
 
 SERVER_PROBE_WEIGHTS=decisive gives both servers a model whose tokens survive the rounding of other batch sizes.
 """
@@ -22,6 +25,7 @@ RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner"
 WEIGHTS = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 FILE = "SERVER_PROBE_FILE"
 PERIOD = 0.5  # seconds between writes
+DELAY_CYCLES = 4_000_000  # of the GPU's clock, 2 ms
 # Of decisive_weights: of 129,280 tokens those with random rows in the head, the logit of the next token in standard
 # deviations of theirs, and what random weights are multiplied with. Found by simulation of the model on a CPU.
 JUMPS, NEXT = 16, 3.3
@@ -29,7 +33,7 @@ SCALES = {"q_b_proj": 1.6, "o_proj": 0.5, "down_proj": 0.25, "eh_proj": 1}
 
 _samples = collections.deque()  # its append and popleft need no lock
 _graphs = collections.deque()  # (when, bs, the events before and after)
-_keeps_drafts = False
+_observes = False
 
 
 def activate() -> None:
@@ -167,11 +171,14 @@ def eager(init, backend, forward_batch):
 
 
 def draft_graph(replay, runner, *args, **kwargs):
+    if not _observes:
+        return replay(runner, *args, **kwargs)
     import torch
 
     bs = args[0].size if args and hasattr(args[0], "size") else runner.bs  # a ShapeKey from 0.5.14 on
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     at = time.perf_counter_ns()
+    torch.cuda._sleep(DELAY_CYCLES)
     events[0].record()
     result = replay(runner, *args, **kwargs)
     events[1].record()
@@ -182,7 +189,7 @@ def draft_graph(replay, runner, *args, **kwargs):
 def drafts(replay, *args, **kwargs):
     at = time.perf_counter_ns()
     result = replay(*args, **kwargs)
-    if _keeps_drafts:
+    if _observes:
         _samples.append({"at": at, "drafts": result[2].tolist()})
     return result
 
@@ -193,7 +200,7 @@ def _start_writer() -> None:
 
 
 def _write() -> None:
-    global _keeps_drafts
+    global _observes
     from torch.cuda import max_memory_allocated
 
     peak = 0
@@ -201,7 +208,7 @@ def _write() -> None:
     with open(os.environ[FILE], "ab", buffering=0) as file:
         while True:
             time.sleep(PERIOD)
-            _keeps_drafts = os.path.exists(os.environ[FILE] + ".drafts")
+            _observes = os.path.exists(os.environ[FILE] + ".observe")
             found = []
             while _graphs and _graphs[0][3].query():
                 at, bs, start, end = _graphs.popleft()

@@ -1,11 +1,33 @@
 """A server with the probe in it, and what the probe has written."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
+from typing import Iterator
 
 from sglang_nsa_fused.bench import servers
 
 SETTLE_SECONDS = 1.5  # the probe looks and writes each half second
+
+
+def settle() -> None:
+    time.sleep(SETTLE_SECONDS)
+
+
+@contextlib.contextmanager
+def observed(*servers: "Probed") -> Iterator[None]:
+    """Their probes keep draft tokens and time the draft graph, at the price of a sync and a delay in each step. All of it is
+    written when this ends."""
+    for server in servers:
+        server.observe_file.touch()
+    try:
+        settle()
+        yield
+        settle()
+    finally:
+        for server in servers:
+            server.observe_file.unlink(missing_ok=True)
 
 
 class Probed(servers.Server):
@@ -13,6 +35,7 @@ class Probed(servers.Server):
 
     def __init__(self, name: str, port: int, flags: list, env: dict[str, str], folder: Path, command: str = servers.COMMAND):
         self.samples_file = folder / f"{name}-samples.jsonl"
+        self.observe_file = Path(f"{self.samples_file}.observe")
         super().__init__(name, port, flags, env | {"SERVER_PROBE_FILE": str(self.samples_file)}, folder, command)
 
     def start(self) -> None:
@@ -23,11 +46,6 @@ class Probed(servers.Server):
         """All so far; see probe.py."""
         lines = self.samples_file.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
-
-    def keep_drafts(self, keep: bool) -> None:
-        """Has the probe keep draft tokens, at the price of a sync each step."""
-        flag = Path(f"{self.samples_file}.drafts")
-        flag.touch() if keep else flag.unlink(missing_ok=True)
 
     def drafts(self, start: int, end: int) -> list:
         """The draft tokens of each request and step, in any order: requests may be batched in another one. start, end:

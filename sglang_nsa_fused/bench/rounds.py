@@ -4,7 +4,8 @@ import asyncio
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable
+from time import perf_counter_ns
+from typing import Callable, Iterable
 
 import aiohttp
 
@@ -12,7 +13,7 @@ from sglang_nsa_fused.bench import compare, drive, servers, sides
 from sglang_nsa_fused.bench.drive import Case, Run
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 
-CHECKS = 3  # repeats of the same prompts, which tell whether sglang repeats itself
+CHECKS = 3  # repeats of the same call, which tell whether sglang repeats itself
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,21 @@ class Options:
     compared: bool  # the tokens of both sides; not where acceptance is simulated
 
 
+@dataclass(frozen=True)
+class Check:
+    """One call with the first round's prompts, and an empty prefix cache. start, end: nanoseconds of perf_counter."""
+
+    start: int
+    end: int
+    output_ids: tuple
+
+
 class Book:
     """Runs by case, round and side, and the servers that answered them."""
 
     def __init__(self):
         self.runs: dict[Case, dict[int, dict[str, list[Run]]]] = defaultdict(lambda: defaultdict(dict))
-        self.repeats: dict[Case, dict[str, list[tuple]]] = defaultdict(dict)  # output ids of the same call
+        self.checks: dict[Case, dict[str, list[Check]]] = defaultdict(dict)
         self.targets: dict[int, dict[str, object]] = defaultdict(dict)  # by the round that they began with
         self.dp_size = 1
 
@@ -52,6 +62,10 @@ class Book:
             for number, one in self.whole(case).items():
                 of = {side: values(runs, samples[self.target(number, side)], case) for side, runs in one.items()}
                 rounds.append(of)
+            if len(self.checks[case]) == len(SIDES):
+                for pair in zip(*(self.checks[case][side] for side in SIDES)):
+                    of = {side: graph(check, samples[self.target(0, side)], case) for side, check in zip(SIDES, pair)}
+                    rounds.append(of)
             found += compare.rows(case.name, rounds, concurrency=case.concurrency, input_tokens=case.length)
         pairs = [[peak_mib(samples[pair[side]]) for side in SIDES] for pair in self.targets.values() if len(pair) == len(SIDES)]
         if any(None not in pair for pair in pairs):
@@ -62,12 +76,13 @@ class Book:
         """Case -> {"same": true, false or null where it cannot be said, "why": ...}."""
         found = {}
         for case in self.runs:
+            repeats = {side: [check.output_ids for check in checks] for side, checks in self.checks[case].items()}
             if rounds := list(self.whole(case).values()):
                 if case.concurrency == 1:
-                    same, why = compare.same_tokens(rounds, self.repeats[case])
+                    same, why = compare.same_tokens(rounds, repeats)
                 elif self.dp_size == 1:
                     # Requests that are sent one by one meet in other batches in each round.
-                    same, why = compare.same_tokens([], self.repeats[case])
+                    same, why = compare.same_tokens([], repeats)
                 else:
                     same, why = None, "data-parallel ranks batch the requests of one call as they come"
                 found[case.name] = {"same": same, "why": why}
@@ -77,8 +92,17 @@ class Book:
 def values(runs: list[Run], samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
     """(part, metric) -> value, of one side in one round."""
     found = {("", metric): value for metric, value in compare.latencies(runs).items()}
-    refreshes = sides.refreshes(samples, runs, case.concurrency)
-    return found | {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if us}
+    return found | medians(samples, runs, case)
+
+
+def graph(check: Check, samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
+    """As `values`, of what is timed in a check alone."""
+    return {key: value for key, value in medians(samples, [check], case).items() if key == sides.KINDS[sides.GRAPH]}
+
+
+def medians(samples: list[dict], windows: Iterable, case: Case) -> dict[tuple[str, str], float]:
+    refreshes = sides.refreshes(samples, windows, case.concurrency)
+    return {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if us}
 
 
 def peak_mib(samples: list[dict]) -> float | None:
@@ -105,14 +129,17 @@ def ask(target, case: Case, prompts: int, options: Options) -> Run:
     return answered(target, drive.run(target.url, case.prompts(prompts), options.output_tokens, options.request_seconds))
 
 
-def repeat(target, case: Case, options: Options) -> list[tuple]:
-    """The output ids of the first round's prompts in one call, each time with an empty prefix cache. Raises servers.Failed."""
+def check(target, case: Case, options: Options) -> list[Check]:
+    """The first round's prompts in one call, each time with an empty prefix cache; observed, since it is not timed. Raises
+    servers.Failed."""
     found = []
-    for _ in range(CHECKS):
-        if not answered(target, drive.empty_cache(target.url)):
-            raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
-        call = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds)
-        found.append(answered(target, call))
+    with sides.observing(target):
+        for _ in range(CHECKS):
+            if not answered(target, drive.empty_cache(target.url)):
+                raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
+            call, start = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds), perf_counter_ns()
+            output_ids = answered(target, call)
+            found.append(Check(start, perf_counter_ns(), output_ids))
     return found
 
 
@@ -133,9 +160,9 @@ def interleaved(targets: dict[str, object], options: Options, book: Book, step: 
         for side in SIDES:
             targets[side].check()
             if options.compared:
-                book.repeats[case][side] = repeat(targets[side], case, options)
+                book.checks[case][side] = check(targets[side], case, options)
         save()
-    sides.settle(targets[OURS])
+    sides.settled(targets[OURS])
     save()
 
 
@@ -154,10 +181,10 @@ def one_at_a_time(start: Callable, options: Options, book: Book, step: Callable[
                     first = number * options.repeats
                     runs = [ask(server, case, first + more, options) for more in range(options.repeats)]
                     if options.compared and number == 0:
-                        book.repeats[case][side] = repeat(server, case, options)
+                        book.checks[case][side] = check(server, case, options)
                     book.runs[case][number][side] = runs
                     step(f"{case.name} {server.name}")
-                sides.settle(server)
+                sides.settled(server)
             finally:
                 servers.stop([server], memory_before)
         save()

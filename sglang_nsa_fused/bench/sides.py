@@ -1,26 +1,27 @@
 """The two sides of a comparison: servers that are started here, and running ones."""
 
+import contextlib
 import http.client
 import json
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import ContextManager, Iterable
 
 from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
+from sglang_nsa_fused.bench.probed import Probed, observed, settle
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import Failed
 
 LABELS = {UPSTREAM: "off", OURS: "on"}
+GRAPH = "draft graph"  # seen while observed alone
 # The probe's kind of sample -> (part of a case, metric).
 KINDS = {
     "draft": ("draft", "host_us"),
     "verify": ("verify", "host_us"),
     "extend": ("extend", "host_us"),
-    "draft graph": ("", "gpu_draft_us"),
+    GRAPH: ("", "gpu_draft_us"),
 }
 
 
@@ -103,9 +104,14 @@ class Setup:
         return Launched(side, name, self.port + servers.PORTS_APART * SIDES.index(side), self)
 
 
-def settle(target) -> None:
+def settled(target) -> None:
+    """What the probe of this side has seen so far is written, where it has one."""
     if target.probed:
-        time.sleep(SETTLE_SECONDS)
+        settle()
+
+
+def observing(target) -> ContextManager[None]:
+    return observed(target) if target.probed else contextlib.nullcontext()
 
 
 def refreshes(samples: list[dict], runs: Iterable, bs: int) -> dict[str, list[float]]:

@@ -77,12 +77,12 @@ async def answer(body: dict, prompt: tuple) -> dict:
             for _ in range(min(2, body["sampling_params"]["max_new_tokens"] - len(ids) + len(prompt))):
                 wrong = "TOKEN" in faults and len(ids) % 97 == 5 or "BUSY" in faults and len(running) > args.graph_bs
                 ids += ((token(ids) + wrong) % 1000,)
-            if os.path.exists(samples + ".drafts"):
+            if os.path.exists(samples + ".observe"):
                 with open(samples, "a") as file:
                     draft = [token(ids) + ("DRAFT" in faults), steps]
                     file.write(json.dumps({"at": time.perf_counter_ns(), "drafts": [draft]}) + "\n")
             if "LEAK" in faults:
-                kept.append(b"x" * 150_000)
+                kept.append(b"x" * 500_000)
     finally:
         del running[rid]
     output = ids[len(prompt) :]

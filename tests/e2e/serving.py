@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 
 from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.probed import SETTLE_SECONDS, Probed
+from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
 from sglang_nsa_fused.plugin import find_release
 
@@ -281,20 +281,13 @@ def check_call(pair: Pair, repeats: int = 4) -> None:
 
 def check_drafts(pair: Pair) -> None:
     """Output ids do not tell wrong draft metadata: the target model corrects it."""
-    for server in pair:
-        server.keep_drafts(True)
-    try:
-        time.sleep(SETTLE_SECONDS)
-        found = []
+    windows = []
+    with observed(*pair):
         for server in pair:
             start = time.perf_counter_ns()
             call(server)
-            end = time.perf_counter_ns()
-            time.sleep(SETTLE_SECONDS)
-            found.append(server.drafts(start, end))
-    finally:
-        for server in pair:
-            server.keep_drafts(False)
+            windows.append((start, time.perf_counter_ns()))
+    found = [server.drafts(*window) for server, window in zip(pair, windows)]
     upstream, ours = found
     console.print(f"  {len(upstream)} rows of draft tokens")
     assert upstream, "the probe saw no draft tokens"

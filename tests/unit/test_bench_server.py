@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -12,50 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from stand_in import FAKE, free_port, is_free, stub_site
 from typer.testing import CliRunner
 
 import sglang_nsa_fused
-from sglang_nsa_fused.bench import servers, sides
+from sglang_nsa_fused.bench import probed, servers, sides
 from sglang_nsa_fused.cli import app
 
-TESTS = Path(__file__).resolve().parents[1]
-FAKE = shlex.join([sys.executable, str(TESTS / "fake_server.py")])
 METRICS = {"tokens_per_s", "accept_length", "tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_ms", "step_ms"}
-
-
-def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = True, gpu: bool = True) -> Path:
-    """What stands in for torch and sglang where the bench asks what the servers will run on."""
-    torch = folder / "torch"
-    torch.mkdir(parents=True)
-    (torch / "__init__.py").write_text(
-        "__version__ = '2.11.0'\n"
-        "class cuda:\n"
-        f"    is_available = staticmethod(lambda: {gpu})\n"
-        "    get_device_name = staticmethod(lambda: 'Fake H100')\n"
-    )
-    if sglang:
-        (folder / "sglang" / "srt").mkdir(parents=True)
-        (folder / "sglang" / "__init__.py").touch()
-        if loader:
-            (folder / "sglang" / servers.LOADER).parent.mkdir()
-            (folder / "sglang" / servers.LOADER).touch()
-        info = folder / f"sglang-{sglang}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {sglang}\n")
-    return folder
-
-
-def free_port() -> int:
-    """Of a server, the other's being higher, below those that outgoing connections get."""
-    while True:
-        first = random.randrange(20_000, 31_000)
-        if all(is_free(port + more) for port in (first, first + servers.PORTS_APART) for more in (0, 1)):
-            return first
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 class Bench:
@@ -104,7 +67,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
-    monkeypatch.setattr(sides, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(probed, "SETTLE_SECONDS", 0)
     return Bench(tmp_path)
 
 
@@ -138,7 +101,7 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
         f"bs{bs}-len64-{kind}" for bs in (1, 2) for kind in ("draft", "verify", "extend")
     }
     for one in cases.values():
-        samples = 1 if one["metric"] == "peak_mib" else 6
+        samples = {"peak_mib": 1, "gpu_draft_us": 3}.get(one["metric"], 6)
         assert one["samples"] == samples == len(one["rounds"]["upstream"]) == len(one["rounds"]["ours"])
         assert one["ratio"] == pytest.approx(one["upstream"] / one["ours"], rel=1e-2)
     step, accepted = cases["bs1-len64", "step_ms"], cases["bs1-len64", "accept_length"]
@@ -146,6 +109,8 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
     assert (accepted["upstream"], accepted["ours"], accepted["verdict"]) == (9 / 4, 9 / 4, "no difference shown")
     verify = cases["bs1-len64-verify", "host_us"]
     assert (verify["ours"], verify["verdict"], verify["p"]) == (20, "gain", 0.03125)
+    graph = cases["bs2-len64", "gpu_draft_us"]
+    assert (graph["upstream"], graph["ours"], graph["verdict"]) == (4000, 3000, "too few rounds")
     assert cases["server", "peak_mib"]["upstream"] == 5120 and cases["server", "peak_mib"]["ours"] == 5121
 
     for text in ("time per output token, ms", "inter-token latency p99, ms", "peak memory, MiB", "no difference shown"):
@@ -364,6 +329,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_measured(bench, number, chi
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored where the tests run under nohup
     )
     assert servers.wait(lambda: "hang" in bench.calls.read_text() if bench.calls.exists() else False, 30)
     assert len(bench.processes()) == 2 + bool(child)

@@ -3,12 +3,12 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stand_in import free_port
 
 HERE = Path(__file__).resolve().parent
 E2E = HERE.parent / "e2e"
@@ -46,23 +46,6 @@ class Run:
         """The summary line and all output."""
         output, _ = self.process.communicate(timeout=120)
         return output.splitlines()[-1], output
-
-
-_port = 21000 + os.getpid() % 4000
-
-
-def free_port() -> int:
-    """The first of two that are 1000 apart and free, with the next of each."""
-    global _port
-    while True:
-        _port += 2
-        with socket.socket() as one, socket.socket() as other:
-            try:
-                one.bind(("127.0.0.1", _port))
-                other.bind(("127.0.0.1", _port + 1000))
-                return _port
-            except OSError:
-                continue
 
 
 SERVER = ("--e2e-draft-steps", "4", "-k", "test_server")

@@ -1,0 +1,46 @@
+"""What stands in for a machine with sglang on it, and for its servers, in the tests of the benchmarks."""
+
+import random
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from sglang_nsa_fused.bench import servers
+
+FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_server.py").resolve())])
+
+
+def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = True, gpu: bool = True) -> Path:
+    """What stands in for torch and sglang where the bench asks what the servers will run on."""
+    torch = folder / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").write_text(
+        "__version__ = '2.11.0'\n"
+        "class cuda:\n"
+        f"    is_available = staticmethod(lambda: {gpu})\n"
+        "    get_device_name = staticmethod(lambda: 'Fake H100')\n"
+    )
+    if sglang:
+        (folder / "sglang" / "srt").mkdir(parents=True)
+        (folder / "sglang" / "__init__.py").touch()
+        if loader:
+            (folder / "sglang" / servers.LOADER).parent.mkdir()
+            (folder / "sglang" / servers.LOADER).touch()
+        info = folder / f"sglang-{sglang}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {sglang}\n")
+    return folder
+
+
+def free_port() -> int:
+    """Of a server, the other's being higher, below those that outgoing connections get."""
+    while True:
+        first = random.randrange(20_000, 31_000)
+        if all(is_free(port + more) for port in (first, first + servers.PORTS_APART) for more in (0, 1)):
+            return first
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

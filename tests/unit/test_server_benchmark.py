@@ -1,0 +1,84 @@
+"""benchmarks/server.py with tests/fake_server.py in place of sglang."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from stand_in import FAKE, free_port, stub_site
+
+from sglang_nsa_fused.bench import probed
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import server  # noqa: E402
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(probed, "SETTLE_SECONDS", 0)
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
+    site = stub_site(tmp_path / "site")
+
+    def call(**env) -> tuple[int, dict]:
+        for name, value in env.items():
+            monkeypatch.setenv(f"FAKE_{name}", value)
+        out = tmp_path / "server.json"
+        own = [
+            "--server-command",
+            FAKE,
+            "--log-dir",
+            str(tmp_path / "logs"),
+            "--out",
+            str(out),
+            "--port",
+            str(free_port()),
+            "--site",
+            str(site),
+        ]
+        case = [
+            "--draft-steps",
+            "3",
+            "--case",
+            "2x64",
+            "--repeats",
+            "4",
+            "--warmup",
+            "1",
+            "--output-tokens",
+            "9",
+            "--commit",
+            "c",
+        ]
+        status = server.main([*own, *case])
+        return status, json.loads(out.read_text())
+
+    return call
+
+
+def test_each_metric_of_a_case(run):
+    status, found = run()
+    assert status == 0
+    cases = {(one["name"], one["metric"]): one for one in found["cases"]}
+    name = "n3-bs2-len64-bf16"
+    assert cases.keys() == {(name, metric) for metric in ("step_ms", "decode_step_ms", "gpu_draft_us")} | {
+        (f"{name}-{kind}", "host_us") for kind in ("draft", "verify", "extend")
+    }
+    steps, intervals = cases[name, "step_ms"], cases[name, "decode_step_ms"]
+    assert steps["samples"] == 4 and intervals["samples"] == 4 * (4 - 1)
+    for side in server.SIDES:  # a request is more than its steps, and one of its four has no step after it
+        assert 0 < intervals[side] < steps[side]
+    graph = cases[name, "gpu_draft_us"]
+    assert (graph["upstream"], graph["ours"], graph["samples"]) == (4000, 3000, 4 * server.OBSERVED)
+    assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
+
+
+def test_other_drafts_of_the_same_output_fail(run, capsys):
+    status, found = run(DRAFTS="on")
+    assert status == 1 and "the draft tokens differ in 8 of 8 and 8 rows" in capsys.readouterr().out
+    assert all(len(set(one["output_sha"].values())) == 1 < len(set(one["draft_sha"].values())) for one in found["cases"])
+
+
+def test_other_tokens_fail(run, capsys):
+    status, _ = run(TOKENS="on")
+    assert status == 1 and "the output ids differ" in capsys.readouterr().out
