@@ -20,7 +20,7 @@ class Case:
     cache: str
     layers: int
     one_core: bool
-    control: bool
+    control: bool  # both sides without the plugin: what --pairs has replaced
     length: int
     batch: int
     refresh: str  # of which a server's case is the host time

@@ -26,7 +26,7 @@ DIMENSIONS = {
 
 def of_metric(results: dict, metric: str) -> list[tuple[Case, dict]]:
     found = [(parse(case["name"]), case) for case in results["cases"] if case["metric"] == metric]
-    return sorted((pair for pair in found if not pair[0].control), key=lambda pair: pair[0])
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def host_of_each(cases: list[tuple[Case, dict]], axes) -> None:

@@ -1,6 +1,6 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
-For each configuration both servers run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
+For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
 greedy requests in turn. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
 decode_step_ms: from one draft to the next), the host time of each refresh of metadata (draft, verify, draft extend), the GPU
 time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be the same.
@@ -32,7 +32,7 @@ from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
-OBSERVED = 3  # runs of each case and side, after those that count
+OBSERVED = 3  # runs of each case and server, after those that count
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ class Configuration:
     cache: str
     layers: int
     one_core: bool
-    control: bool  # both sides without the plugin
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
-        more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core + "-control" * self.control
+        more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core
         return f"n{self.draft_steps}-{case}{self.cache}{more}"
 
     @property
@@ -68,10 +67,12 @@ class Run:
 
 
 class Server(Probed):
-    def __init__(self, side: str, configuration: Configuration, index: int, args):
-        name = f"{configuration.name}-{side}"
-        self.side, self.plugin = side, side == OURS and not configuration.control
-        env = servers.environment(self.plugin, args.site, args.log_dir / "probe")
+    """number: of its pair, from 0; index: of all that are up at once."""
+
+    def __init__(self, side: str, configuration: Configuration, number: int, index: int, args):
+        name = f"{configuration.name}-{side}-{number + 1}"
+        self.side = side
+        env = servers.environment(side == OURS, args.site, args.log_dir / "probe")
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
         tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
         model = small_model.write(args.log_dir / f"model-{configuration.layers}", configuration.layers, small_model.EXPERTS)
@@ -91,10 +92,13 @@ class Server(Probed):
 
     def check_log(self) -> str:
         """The plugin's line, "" without the plugin. Raises Failed."""
-        lines, expected = self.plugin_lines(), int(self.plugin)  # there is one scheduler process
+        lines, expected = self.plugin_lines(), int(self.side == OURS)  # there is one scheduler process
         if len(lines) != expected:
             raise Failed(f"{self.side}: expected {expected} line of an active plugin, got {lines}{self.tail()}")
         return "".join(lines)
+
+
+Runs = dict[Server, list[Run]]
 
 
 def pin(up: list[Server]) -> None:
@@ -109,21 +113,21 @@ def pin(up: list[Server]) -> None:
                     os.sched_setaffinity(int(thread.name), {core})
 
 
-def drive(servers: list[Server], batch: int, length: int, args) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
-    """The same requests to one side, the other, the other, the one: the runs that count, and those that were observed."""
+def drive(up: list[Server], batch: int, length: int, args) -> tuple[Runs, Runs]:
+    """The same requests to each server in turn, forth and back: the runs that count, and those that were observed."""
     draw = random.Random(f"{batch} {length}")
     prompts = [[draw.randrange(10, 120_000) for _ in range(length)] for _ in range(batch)]
 
-    def in_turn(times: int) -> dict[str, list[Run]]:
-        runs = {side: [] for side in SIDES}
+    def in_turn(times: int) -> Runs:
+        runs = {server: [] for server in up}
         for repeat in range(times):
-            for server in servers if repeat % 2 == 0 else servers[::-1]:
-                runs[server.side].append(server.generate(prompts, args.output_tokens))
+            for server in up if repeat % 2 == 0 else up[::-1]:
+                runs[server].append(server.generate(prompts, args.output_tokens))
         return runs
 
     in_turn(args.warmup)
     runs = in_turn(args.repeats)
-    with observed(*servers):
+    with observed(*up):
         return runs, in_turn(OBSERVED)
 
 
@@ -136,51 +140,62 @@ def decode_steps(samples: list[dict], runs: list[Run], batch: int) -> list[float
     return found
 
 
-def sha(runs: list[Run]) -> str:
-    return hashlib.sha256("\n".join(run.ids for run in runs).encode()).hexdigest()[:16]
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def result(name: str, metric: str, samples: dict[str, list[float]], **more) -> dict:
-    upstream, ours = (statistics.median(samples[side]) for side in SIDES)
-    spread = {side: record.spread(values) for side, values in samples.items()}
-    return record.case(name, metric, upstream, ours, min(map(len, samples.values())), spread=spread, **more)
+def result(name: str, metric: str, samples: dict[Server, list[float]], **more) -> dict:
+    """Of all samples of a side; processes: the median of each of its servers, which tells how much they differ."""
+    of = {side: [values for server, values in samples.items() if server.side == side] for side in SIDES}
+    pooled = {side: list(itertools.chain(*found)) for side, found in of.items()}
+    upstream, ours = (statistics.median(pooled[side]) for side in SIDES)
+    if len(of[UPSTREAM]) > 1:
+        more |= {"processes": {side: [round(statistics.median(values), 3) for values in found] for side, found in of.items()}}
+    spread = {side: record.spread(values) for side, values in pooled.items()}
+    return record.case(name, metric, upstream, ours, min(map(len, pooled.values())), spread=spread, **more)
 
 
-def case(name: str, servers: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
-    """The metrics of one case, and what is wrong with it. Raises Failed."""
-    runs, observed_runs = drive(servers, batch, length, args)
-    for server in servers:
-        server.check_log()
+def tokens(name: str, runs: Runs, drafts: dict[Server, list]) -> tuple[dict, list[str]]:
+    """Hashes of the output ids and draft tokens of each side, and what is wrong with them."""
+    outputs = {side: sorted({run.ids for server in runs if server.side == side for run in runs[server]}) for side in SIDES}
+    rows = {side: [found for server, found in drafts.items() if server.side == side] for side in SIDES}
     problems = []
-    first = {side: found[0] for side, found in observed_runs.items()}
-    drafts = {server.side: server.drafts(first[server.side].start, first[server.side].end) for server in servers}
-    draft_sha = {side: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] for side, rows in drafts.items()}
-    distinct = {side: len({run.ids for run in found}) for side, found in runs.items()}
     # Where upstream does not repeat itself (its top-k takes tokens in any order, which shows beyond index_topk tokens),
     # there is nothing to compare with.
-    repeats_itself = distinct[UPSTREAM] == 1
-    if not drafts[OURS] or (repeats_itself and drafts[UPSTREAM] != drafts[OURS]):
-        apart = sum(left != right for left, right in zip(drafts[UPSTREAM], drafts[OURS]))
-        counts = " and ".join(str(len(drafts[side])) for side in SIDES)
+    repeats_itself = len(outputs[UPSTREAM]) == 1
+    if not all(rows[OURS]) or (repeats_itself and any(found != rows[UPSTREAM][0] for found in rows[OURS])):
+        apart = max(sum(left != right for left, right in zip(rows[UPSTREAM][0], found)) for found in rows[OURS])
+        counts = " and ".join(str(len(rows[side][0])) for side in SIDES)
         problems.append(f"{name}: the draft tokens differ in {apart} of {counts} rows")
-    output_sha = {side: sha(found) for side, found in runs.items()}
-    if repeats_itself and output_sha[UPSTREAM] != output_sha[OURS]:
-        problems.append(f"{name}: the output ids differ ({distinct[OURS]} different outputs in {args.repeats} repeats)")
-    steps = {side: statistics.median(run.steps for run in found) for side, found in runs.items()}
-    step_ms = {side: [run.step_ms for run in found] for side, found in runs.items()}
-    samples = {server.side: server.samples() for server in servers}
-    refreshes = {side: sides.refreshes(samples[side], runs[side], batch) for side in SIDES}
-    for side in SIDES:
-        refreshes[side][sides.GRAPH] = sides.refreshes(samples[side], observed_runs[side], batch)[sides.GRAPH]
-    sha_of = {"output_sha": output_sha, "draft_sha": draft_sha, "distinct_outputs": distinct}
-    results = [result(name, "step_ms", step_ms, verify_steps=steps, **sha_of)]
-    decode_step_ms = {side: decode_steps(samples[side], runs[side], batch) for side in SIDES}
+    if repeats_itself and outputs[UPSTREAM] != outputs[OURS]:
+        problems.append(f"{name}: the output ids differ ({len(outputs[OURS])} different outputs)")
+    return {
+        "output_sha": {side: sha("\n".join(found)) for side, found in outputs.items()},
+        "draft_sha": {side: sha(json.dumps(found[0])) for side, found in rows.items()},
+        "distinct_outputs": {side: len(found) for side, found in outputs.items()},
+    }, problems
+
+
+def case(name: str, up: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
+    """The metrics of one case, and what is wrong with it. Raises Failed."""
+    runs, observed_runs = drive(up, batch, length, args)
+    for server in up:
+        server.check_log()
+    samples = {server: server.samples() for server in up}
+    shas, problems = tokens(name, runs, {server: server.drafts(found[0].start, found[0].end) for server, found in observed_runs.items()})
+    steps = {side: statistics.median(run.steps for server in up if server.side == side for run in runs[server]) for side in SIDES}
+    step_ms = {server: [run.step_ms for run in found] for server, found in runs.items()}
+    results = [result(name, "step_ms", step_ms, verify_steps=steps, **shas)]
+    decode_step_ms = {server: decode_steps(samples[server], runs[server], batch) for server in up}
     if all(decode_step_ms.values()):
-        results.append(result(name, "decode_step_ms", decode_step_ms, **sha_of))
+        results.append(result(name, "decode_step_ms", decode_step_ms, **shas))
+    timed, observed_alone = (
+        {server: sides.refreshes(samples[server], found[server], batch) for server in up} for found in (runs, observed_runs)
+    )
     for kind, (part, metric) in sides.KINDS.items():
-        if all(found[kind] for found in refreshes.values()):
-            us = {side: found[kind] for side, found in refreshes.items()}
-            results.append(result(f"{name}-{part}" if part else name, metric, us, **sha_of))
+        us = {server: (observed_alone if kind == sides.GRAPH else timed)[server][kind] for server in up}
+        if all(us.values()):
+            results.append(result(f"{name}-{part}" if part else name, metric, us, **shas))
         else:
             problems.append(f"{name}: the probe saw no {kind} of a full batch")
     return results, problems
@@ -222,10 +237,11 @@ class Results:
 def measure(configurations: list[Configuration], results: Results, args, deadline: float) -> list[str]:
     """Measures these configurations, whose servers are all up at once; what went wrong. They are gone when it returns."""
     problems, memory_before = [], gpu_memory_mib()
-    pairs = {
-        configuration: [Server(side, configuration, 2 * number + index, args) for index, side in enumerate(SIDES)]
-        for number, configuration in enumerate(configurations)
-    }
+    count, pairs = itertools.count(), {configuration: [] for configuration in configurations}
+    for configuration, number in itertools.product(configurations, range(args.pairs)):
+        # The order of the start shows in the GPU's time: who is first is so once with the plugin, once without it.
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            pairs[configuration].append(Server(side, configuration, number, next(count), args))
     up = [server for pair in pairs.values() for server in pair]
     try:
         servers.start(up, min(deadline - time.monotonic(), args.ready_seconds), args.start == "together")
@@ -244,9 +260,9 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
 def measure_one(configuration: Configuration, pair: list[Server], results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
-    found |= {"output_tokens": args.output_tokens, "repeats": args.repeats}
-    found |= {"seconds_to_ready": {server.side: server.ready_seconds for server in pair}}
-    found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": "".join([server.check_log() for server in pair])}
+    found |= {"pairs": args.pairs, "output_tokens": args.output_tokens, "repeats": args.repeats}
+    found |= {"seconds_to_ready": {side: max(server.ready_seconds for server in pair if server.side == side) for side in SIDES}}
+    found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": max([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
     for batch, length in args.case:
         name, began = configuration.named(f"bs{batch}-len{length}-"), time.monotonic()
@@ -291,17 +307,17 @@ def parse(argv) -> argparse.Namespace:
     add("--len", type=int, nargs="+", default=[64, 4096], help="input tokens of a request")
     add("--case", type=batch_and_length, nargs="+", metavar="BATCHxLEN", help="instead of all of --batch with all of --len")
     add("--output-tokens", type=int, default=64)
-    add("--repeats", type=int, default=9, help="rounds that count, for each case and side")
+    add("--repeats", type=int, default=9, help="rounds that count, for each case and server")
     # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
     add("--warmup", type=int, default=2, help="rounds before them")
     help_start = "staggered: the second when the first is ready"
-    add("--control", action="store_true", help="also a pair without the plugin: how much two processes of sglang differ")
     add("--start", choices=["together", "staggered"], default="together", help=help_start)
     add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
     add("--site", default="", help="PYTHONPATH entries with sglang and the plugin; empty: the current environment")
+    add("--pairs", type=int, default=1, metavar="N", help="pairs of servers of each configuration: two processes differ, too")
     add("--at-once", type=int, default=1, metavar="N", help="configurations whose servers are up at the same time")
-    add("--port", type=int, default=30000, help="the first of four for each configuration at once")
+    add("--port", type=int, default=30000, help="the first of two for each server")
     add("--context-length", type=int, default=32768)
     add("--max-total-tokens", type=int, help="size of each KV pool; from the cases unless given")
     add("--mem-fraction", type=float, default=0.9, help="--mem-fraction-static")
@@ -327,9 +343,8 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
     configurations = [
-        Configuration(steps, cache, layers, args.one_core, control)
+        Configuration(steps, cache, layers, args.one_core)
         for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
-        for control in (False, True)[: 1 + args.control]
     ]
     try:
         for first in range(0, len(configurations), args.at_once):

@@ -263,9 +263,11 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     ):
         if getattr(metadata, name, None) is not None:
             found[name] = getattr(metadata, name).clone()
-    if getattr(metadata, "topk_v2_plan", None) is not None:
-        # Its rows come in any order, and behind them it is as the allocator had it; for few rows all of it, from 0.5.21 on.
-        head, *rows = metadata.topk_v2_plan.tolist()
+    plan = getattr(metadata, "topk_v2_plan", None)
+    unwritten = plan is not None and plan.is_cuda and stand_ins.base(_version()) >= stand_ins.SMALL_PLANS and len(plan) <= 1 + 30
+    if plan is not None and not unwritten:
+        # Its rows come in any order, and behind them it is as the allocator had it.
+        head, *rows = plan.tolist()
         if any(head[0] == threshold for buckets in planners.TOPK_BUCKETS for threshold, _ in buckets):
             found["topk_v2_plan"] = torch.tensor([head, *sorted(rows[: head[1]])])
     for name, page in (("page_table_1", 1), ("real_page_table", 64)):

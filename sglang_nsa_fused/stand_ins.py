@@ -55,6 +55,7 @@ MODULES = {
 NUM_SMS = 132  # an H100's
 NO_CPU_LENGTHS = (0, 5, 15)  # since then they may hand over none on the host
 LENGTHS_64 = (0, 5, 14)  # since then the graph runners' lengths are int64
+SMALL_PLANS = (0, 5, 21)  # since then a GPU's planner of the top-k writes nothing for up to 30 rows
 STEPS_BUT_ONE = (0, 5, 9)  # since then a multi-step backend has one step backend less than draft steps
 
 

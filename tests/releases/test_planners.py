@@ -13,15 +13,19 @@ def planner(upstream, deep_gemm, monkeypatch):
     """Lets a test change what the installed deep_gemm gives: change(schedule, lengths) -> schedule."""
     theirs = deep_gemm.get_paged_mqa_logits_metadata
 
+    def forget():
+        if upstream.release.schedule_function is not None:  # it remembers DeepGEMM's
+            getattr(upstream.module, upstream.release.schedule_function).cache_clear()
+
     def install(change):
         def changed(context_lens, block, num_sms):
             return change(theirs(context_lens, block, num_sms), context_lens.view(-1))
 
         monkeypatch.setattr(deep_gemm, "get_paged_mqa_logits_metadata", changed)
-        if upstream.release.schedule_function is not None:  # it remembers DeepGEMM's
-            getattr(upstream.module, upstream.release.schedule_function).cache_clear()
+        forget()
 
-    return install
+    yield install
+    forget()
 
 
 def replay_both(upstream, off, on, mode, draft_tokens=4):

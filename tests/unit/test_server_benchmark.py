@@ -1,5 +1,6 @@
 """benchmarks/server.py with tests/fake_server.py in place of sglang."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,39 +25,15 @@ def run(tmp_path, monkeypatch):
         for name, value in env.items():
             monkeypatch.setenv(f"FAKE_{name}", value)
         out = tmp_path / "server.json"
-        own = [
-            "--server-command",
-            FAKE,
-            "--log-dir",
-            str(tmp_path / "logs"),
-            "--out",
-            str(out),
-            "--port",
-            str(free_port()),
-            "--site",
-            str(site),
-        ]
-        case = [
-            "--draft-steps",
-            "3",
-            "--case",
-            "2x64",
-            "--repeats",
-            "4",
-            "--warmup",
-            "1",
-            "--output-tokens",
-            "9",
-            "--commit",
-            "c",
-        ]
-        status = server.main([*own, *case])
+        own = {"--server-command": FAKE, "--log-dir": tmp_path / "logs", "--out": out, "--port": free_port(), "--site": site}
+        case = "--draft-steps 3 --case 2x64 --pairs 2 --repeats 4 --warmup 1 --output-tokens 9 --commit c".split()
+        status = server.main([*map(str, itertools.chain(*own.items())), *case])
         return status, json.loads(out.read_text())
 
     return call
 
 
-def test_each_metric_of_a_case(run):
+def test_each_metric_of_a_case(run, tmp_path):
     status, found = run()
     assert status == 0
     cases = {(one["name"], one["metric"]): one for one in found["cases"]}
@@ -65,11 +42,15 @@ def test_each_metric_of_a_case(run):
         (f"{name}-{kind}", "host_us") for kind in ("draft", "verify", "extend")
     }
     steps, intervals = cases[name, "step_ms"], cases[name, "decode_step_ms"]
-    assert steps["samples"] == 4 and intervals["samples"] == 4 * (4 - 1)
+    assert steps["samples"] == 2 * 4 and intervals["samples"] == 2 * 4 * (4 - 1)
     for side in server.SIDES:  # a request is more than its steps, and one of its four has no step after it
         assert 0 < intervals[side] < steps[side]
     graph = cases[name, "gpu_draft_us"]
-    assert (graph["upstream"], graph["ours"], graph["samples"]) == (4000, 3000, 4 * server.OBSERVED)
+    assert (graph["upstream"], graph["ours"], graph["samples"]) == (4000, 3000, 2 * 4 * server.OBSERVED)
+    assert graph["processes"] == {"upstream": [4000, 4000], "ours": [3000, 3000]}
+    (configuration,) = found["configurations"]
+    assert (configuration["pairs"], set(configuration["seconds_to_ready"])) == (2, set(server.SIDES))
+    assert (tmp_path / "calls").read_text().split()[4:12] == ["off", "on", "on", "off"] * 2  # warm-up, forth and back
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
 
 
