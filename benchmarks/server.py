@@ -32,7 +32,7 @@ from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
-OBSERVED = 3  # runs of each case and server, after those that count
+OBSERVED = 2  # runs of each case and server, after those that count
 
 
 @dataclass(frozen=True)

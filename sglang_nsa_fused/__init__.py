@@ -2,16 +2,20 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["ReplayPlan", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
+__all__ = ["ReplayPlan", "Values", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
 
 
 def __getattr__(name):  # lazy: sglang imports this package in every process, also where the plugin is off
-    if name == "ReplayPlan":
-        from sglang_nsa_fused.plan import ReplayPlan
+    if name in ("ReplayPlan", "Values"):
+        from sglang_nsa_fused import plan
 
-        return ReplayPlan
+        return getattr(plan, name)
     if name in __all__:
         from sglang_nsa_fused import kernels
 
         return getattr(kernels, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

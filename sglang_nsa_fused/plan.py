@@ -35,6 +35,7 @@ class ReplayPlan:
         [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory;
         a tensor that several backends share in the same place is written once. Kept alive by the plan.
     engine: what carries it out; None: the best for their device.
+    values: what does not change from replay to replay; None: the plan copies.
 
     Raises TypeError or ValueError, naming the parameter and the destination's number, for tensors that do not fit.
     """
@@ -70,8 +71,12 @@ class ReplayPlan:
         self.destinations = [tuple(destination) for destination in destinations]
         self.values = values
         if values is None:
-            self.copy = (engine or select(destinations[0][0].device.type)).copy_plan(mode, self.destinations)
+            if not isinstance(lengths := self.destinations[0][0], torch.Tensor):
+                raise TypeError(f"cache_seqlens_dst of destination 0: expected an int32 tensor, got {type(lengths).__name__}")
+            self.copy = (engine or select(lengths.device.type)).copy_plan(mode, self.destinations)
             return
+        if not isinstance(values, Values):
+            raise TypeError(f"values: expected Values or None, got {type(values).__name__}")
         if values.len_offsets and len(values.len_offsets) != len(destinations):
             raise ValueError(f"len_offsets: expected one for each destination, got {len(values.len_offsets)}")
         if not isinstance(values.req_to_token, torch.Tensor):

@@ -38,6 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tree", type=Path, help="the sgl-kernel folder of an sglang checkout")
     tree = parser.parse_args().tree
+    if absent := [path for path in AFTER if not (tree / path).is_file()]:
+        sys.exit(f"{tree}: expected an sgl-kernel tree, but {absent[0]} is not there; nothing written")
     new = {tree / path: patched(tree / path, text, AFTER[path]) if path in AFTER else text
            for path, text in added_lines().items()}  # fmt: skip
     for path, text in new.items():

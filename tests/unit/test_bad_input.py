@@ -68,6 +68,13 @@ def test_plan_takes_1_to_16_destinations(count):
         ReplayPlan(DECODE, [destination] * count)
 
 
+def test_a_plan_of_what_is_no_tensor_says_so():
+    with pytest.raises(TypeError, match="cache_seqlens_dst of destination 0: expected an int32 tensor, got NoneType"):
+        ReplayPlan(DECODE, [[None] * 10])
+    with pytest.raises(TypeError, match="values: expected Values or None, got dict"):
+        ReplayPlan(DECODE, [[None] * 12], values={})
+
+
 def test_a_batch_larger_than_captured_is_refused(device):
     small, large = make(device, bs=3), make(device, bs=4)
     with pytest.raises(ValueError, match=r"cache_seqlens_dst: expected a shape of at least \[4\], got \[3\]"):
