@@ -7,7 +7,7 @@ from sglang_nsa_fused.bench.small_model import LAYERS
 
 NAME = re.compile(
     r"(?:(?P<kind>draft|verify|extend)-)?n(?P<draft_steps>\d+)-bs(?P<batch>\d+)-len(?P<length>\d+)(?:-(?P<cache>bf16|fp8|flashmla))?"
-    r"(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<control>-control)?(?:-(?P<refresh>draft|verify|extend))?"
+    r"(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?(?:-(?P<refresh>draft|verify|extend))?"
 )
 
 
@@ -20,6 +20,7 @@ class Case:
     cache: str
     layers: int
     one_core: bool
+    within: bool  # one server is both sides
     control: bool  # both sides without the plugin: what --pairs has replaced
     length: int
     batch: int
@@ -36,5 +37,5 @@ def parse(name: str) -> Case:
     number = {key: int(found[key]) for key in ("draft_steps", "batch", "length")}
     text = {key: found[key] or "" for key in ("kind", "cache", "refresh")}
     return Case(
-        **number, **text, layers=int(found["layers"] or LAYERS), one_core=bool(found["one_core"]), control=bool(found["control"])
+        **number, **text, layers=int(found["layers"] or LAYERS), **{flag: bool(found[flag]) for flag in ("one_core", "within", "control")}
     )

@@ -41,10 +41,11 @@ class Configuration:
     cache: str
     layers: int
     one_core: bool
+    within: bool  # both sides in one process
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
-        more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core
+        more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core + "-within" * self.within
         return f"n{self.draft_steps}-{case}{self.cache}{more}"
 
     @property
@@ -73,6 +74,7 @@ class Server(Probed):
         name = f"{configuration.name}-{side}-{number + 1}"
         self.side = side
         env = servers.environment(side == OURS, args.site, args.log_dir / "probe")
+        env |= {"SERVER_PROBE_TOGGLE": "1"} if configuration.within else {}
         flags = servers.flags(args.release, configuration.draft_steps, configuration.cache, max(args.batch))
         tokens = args.max_total_tokens or servers.total_tokens(args.case, args.output_tokens)
         model = small_model.write(args.log_dir / f"model-{configuration.layers}", configuration.layers, small_model.EXPERTS)
@@ -98,7 +100,22 @@ class Server(Probed):
         return "".join(lines)
 
 
-Runs = dict[Server, list[Run]]
+class Side:
+    """Of a server with the plugin that refreshes metadata as upstream does while it is asked for that side."""
+
+    def __init__(self, side: str, server: Server):
+        self.side, self.server = side, server
+
+    def __getattr__(self, name: str):
+        return getattr(self.server, name)
+
+    def generate(self, prompts: list, output_tokens: int) -> Run:
+        upstream_file = self.server.upstream_file
+        upstream_file.touch() if self.side == UPSTREAM else upstream_file.unlink(missing_ok=True)
+        return self.server.generate(prompts, output_tokens)
+
+
+Runs = dict[Server | Side, list[Run]]
 
 
 def pin(up: list[Server]) -> None:
@@ -113,7 +130,7 @@ def pin(up: list[Server]) -> None:
                     os.sched_setaffinity(int(thread.name), {core})
 
 
-def drive(up: list[Server], batch: int, length: int, args) -> tuple[Runs, Runs]:
+def drive(up: list[Server | Side], batch: int, length: int, args) -> tuple[Runs, Runs]:
     """The same requests to each server in turn, forth and back: the runs that count, and those that were observed."""
     draw = random.Random(f"{batch} {length}")
     prompts = [[draw.randrange(10, 120_000) for _ in range(length)] for _ in range(batch)]
@@ -144,7 +161,7 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def result(name: str, metric: str, samples: dict[Server, list[float]], **more) -> dict:
+def result(name: str, metric: str, samples: dict[Server | Side, list[float]], **more) -> dict:
     """Of all samples of a side; processes: the median of each of its servers, which tells how much they differ."""
     of = {side: [values for server, values in samples.items() if server.side == side] for side in SIDES}
     pooled = {side: list(itertools.chain(*found)) for side, found in of.items()}
@@ -155,7 +172,7 @@ def result(name: str, metric: str, samples: dict[Server, list[float]], **more) -
     return record.case(name, metric, upstream, ours, min(map(len, pooled.values())), spread=spread, **more)
 
 
-def tokens(name: str, runs: Runs, drafts: dict[Server, list]) -> tuple[dict, list[str]]:
+def tokens(name: str, runs: Runs, drafts: dict[Server | Side, list]) -> tuple[dict, list[str]]:
     """Hashes of the output ids and draft tokens of each side, and what is wrong with them."""
     outputs = {side: sorted({run.ids for server in runs if server.side == side for run in runs[server]}) for side in SIDES}
     rows = {side: [found for server, found in drafts.items() if server.side == side] for side in SIDES}
@@ -176,7 +193,7 @@ def tokens(name: str, runs: Runs, drafts: dict[Server, list]) -> tuple[dict, lis
     }, problems
 
 
-def case(name: str, up: list[Server], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
+def case(name: str, up: list[Server | Side], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
     """The metrics of one case, and what is wrong with it. Raises Failed."""
     runs, observed_runs = drive(up, batch, length, args)
     for server in up:
@@ -237,12 +254,13 @@ class Results:
 def measure(configurations: list[Configuration], results: Results, args, deadline: float) -> list[str]:
     """Measures these configurations, whose servers are all up at once; what went wrong. They are gone when it returns."""
     problems, memory_before = [], gpu_memory_mib()
-    count, pairs = itertools.count(), {configuration: [] for configuration in configurations}
+    up, pairs = [], {configuration: [] for configuration in configurations}
     for configuration, number in itertools.product(configurations, range(args.pairs)):
         # The order of the start shows in the GPU's time: who is first is so once with the plugin, once without it.
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            pairs[configuration].append(Server(side, configuration, number, next(count), args))
-    up = [server for pair in pairs.values() for server in pair]
+        order = SIDES if number % 2 == 0 else SIDES[::-1]
+        for side in order[:1] if configuration.within else order:
+            up.append(Server(OURS if configuration.within else side, configuration, number, len(up), args))
+            pairs[configuration] += [Side(one, up[-1]) for one in order] if configuration.within else up[-1:]
     try:
         servers.start(up, min(deadline - time.monotonic(), args.ready_seconds), args.start == "together")
         if args.one_core:
@@ -257,7 +275,7 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
     return problems
 
 
-def measure_one(configuration: Configuration, pair: list[Server], results: Results, args, deadline: float) -> list[str]:
+def measure_one(configuration: Configuration, pair: list[Server | Side], results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
     found |= {"pairs": args.pairs, "output_tokens": args.output_tokens, "repeats": args.repeats}
@@ -311,6 +329,8 @@ def parse(argv) -> argparse.Namespace:
     # The first compiles kernels and prefills it all; from the second on the prompt is in the prefix cache.
     add("--warmup", type=int, default=2, help="rounds before them")
     help_start = "staggered: the second when the first is ready"
+    help_within = "one server is both sides, and refreshes in turn with the plugin and as sglang does: all else is the same"
+    add("--within", action="store_true", help=help_within)
     add("--start", choices=["together", "staggered"], default="together", help=help_start)
     add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
@@ -343,7 +363,7 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
     configurations = [
-        Configuration(steps, cache, layers, args.one_core)
+        Configuration(steps, cache, layers, args.one_core, args.within)
         for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
     ]
     try:

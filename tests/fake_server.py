@@ -16,13 +16,21 @@ port = parser.parse_known_args()[0].port
 ON = os.environ.get("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA") == "1"
 SIDE = "on" if ON else "off"
 SAMPLES = os.environ.get("SERVER_PROBE_FILE")
-STEP_TOKENS, STEP_SECONDS = 2, 0.001 if ON else 0.003
+STEP_TOKENS = 2
 answered = 0
 
 
 def fake(name: str) -> bool:
     """Whether FAKE_<name> names this side."""
     return os.environ.get(f"FAKE_{name}") == SIDE
+
+
+def refreshes_fused() -> bool:
+    return ON and not os.path.exists(f"{SAMPLES}.upstream")
+
+
+def take_a_step() -> None:
+    time.sleep(0.001 if refreshes_fused() else 0.003)
 
 
 def say(*words) -> None:
@@ -43,14 +51,14 @@ def sample(**what) -> None:
 
 def refreshes(step: int) -> None:
     for kind in ("draft", "verify", "extend"):
-        sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * step)
+        sample(kind=kind, bs=8, ns=20_000 if refreshes_fused() else 400_000 + 1000 * step)
 
 
 def whole(prompts: list, total: int) -> list[dict]:
     """The answer to all requests of one call."""
     steps = -(-(total - 1) // STEP_TOKENS)
     for step in range(1, steps + 1):
-        time.sleep(STEP_SECONDS)
+        take_a_step()
         refreshes(step)
         if os.path.exists(f"{SAMPLES}.observe"):
             sample(kind="draft graph", bs=8, ns=4_000_000 - 1_000_000 * ON)
@@ -102,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.wfile.write(json.dumps(whole(prompts, total)).encode())
         ids, steps = output_ids(prompts, total, alone=False), 0
         for end in [1, *range(1 + STEP_TOKENS, total, STEP_TOKENS), total]:
-            time.sleep(STEP_SECONDS)
+            take_a_step()
             steps += end > 1
             refreshes(steps)
             meta = {

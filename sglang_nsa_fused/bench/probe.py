@@ -9,10 +9,14 @@ output ids do not tell wrong draft metadata: the target model corrects it; and w
 graph of all draft steps. The GPU waits DELAY_CYCLES before it: otherwise the launch of a graph of hundreds of kernels would
 count where the GPU has nothing else to do, and be hidden where upstream's refresh still keeps it busy.
 
+With SERVER_PROBE_TOGGLE set, in a server with the plugin, metadata is refreshed as upstream does it while a file of that name
+with ".upstream" exists: the same process, graphs and buffers on both sides.
+
 SERVER_PROBE_WEIGHTS=decisive gives both servers a model whose tokens survive the rounding of other batch sizes.
 """
 
 import collections
+import contextlib
 import functools
 import importlib
 import json
@@ -133,25 +137,44 @@ def timed(kind: str, bs: int, call, *args, **kwargs):
     return result
 
 
+def refresh(kind: str, bs: int, call, backend, *args, **kwargs):
+    toggled = "SERVER_PROBE_TOGGLE" in os.environ and os.path.exists(os.environ[FILE] + ".upstream")
+    with upstreams(backend) if toggled else contextlib.nullcontext():
+        return timed(kind, bs, call, backend, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def upstreams(backend):
+    """This backend of the plugin, and its steps', refresh as upstream does."""
+    found = [(one, one._replays, getattr(one, "_draft_extend", None)) for one in (backend, *getattr(backend, "attn_backends", ()))]
+    try:
+        for one, replays, _ in found:
+            one._replays, one._draft_extend = dict.fromkeys(replays), getattr(one, "_upstreams_draft_extend", None)
+        yield
+    finally:
+        for one, replays, draft_extend in found:
+            one._replays, one._draft_extend = replays, draft_extend
+
+
 def draft_replay(replay, backend, forward_batch, bs):
-    return timed("draft", bs, replay, backend, forward_batch, bs)
+    return refresh("draft", bs, replay, backend, forward_batch, bs)
 
 
 def draft_out_graph(init, backend, forward_batch, in_capture=False):
     if in_capture:
         return init(backend, forward_batch, in_capture=True)
-    return timed("draft", forward_batch.batch_size, init, backend, forward_batch)
+    return refresh("draft", forward_batch.batch_size, init, backend, forward_batch)
 
 
 def graph_replay(replay, backend, bs, *args, **kwargs):
     forward_mode = kwargs["forward_mode"] if "forward_mode" in kwargs else args[4]
-    return timed(kind_of(forward_mode), bs, replay, backend, bs, *args, **kwargs)
+    return refresh(kind_of(forward_mode), bs, replay, backend, bs, *args, **kwargs)
 
 
 def out_graph(init, backend, forward_batch, in_capture=False):
     if in_capture:
         return init(backend, forward_batch, in_capture=True)
-    return timed(kind_of(forward_batch.forward_mode), forward_batch.batch_size, init, backend, forward_batch)
+    return refresh(kind_of(forward_batch.forward_mode), forward_batch.batch_size, init, backend, forward_batch)
 
 
 @functools.lru_cache(None)
@@ -167,7 +190,7 @@ def kind_of(forward_mode) -> str:
 def eager(init, backend, forward_batch):
     if kind_of(forward_batch.forward_mode) != "extend":
         return init(backend, forward_batch)
-    return timed("extend", forward_batch.batch_size, init, backend, forward_batch)
+    return refresh("extend", forward_batch.batch_size, init, backend, forward_batch)
 
 
 def draft_graph(replay, runner, *args, **kwargs):

@@ -36,6 +36,7 @@ class Probed(servers.Server):
     def __init__(self, name: str, port: int, flags: list, env: dict[str, str], folder: Path, command: str = servers.COMMAND):
         self.samples_file = folder / f"{name}-samples.jsonl"
         self.observe_file = Path(f"{self.samples_file}.observe")
+        self.upstream_file = Path(f"{self.samples_file}.upstream")
         super().__init__(name, port, flags, env | {"SERVER_PROBE_FILE": str(self.samples_file)}, folder, command)
 
     def start(self) -> None:

@@ -21,13 +21,13 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     site = stub_site(tmp_path / "site")
 
-    def call(**env) -> tuple[int, dict]:
+    def call(*more, **env) -> tuple[int, dict]:
         for name, value in env.items():
             monkeypatch.setenv(f"FAKE_{name}", value)
         out = tmp_path / "server.json"
         own = {"--server-command": FAKE, "--log-dir": tmp_path / "logs", "--out": out, "--port": free_port(), "--site": site}
         case = "--draft-steps 3 --case 2x64 --pairs 2 --repeats 4 --warmup 1 --output-tokens 9 --commit c".split()
-        status = server.main([*map(str, itertools.chain(*own.items())), *case])
+        status = server.main([*map(str, itertools.chain(*own.items())), *case, *more])
         return status, json.loads(out.read_text())
 
     return call
@@ -52,6 +52,17 @@ def test_each_metric_of_a_case(run, tmp_path):
     assert (configuration["pairs"], set(configuration["seconds_to_ready"])) == (2, set(server.SIDES))
     assert (tmp_path / "calls").read_text().split()[4:12] == ["off", "on", "on", "off"] * 2  # warm-up, forth and back
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
+
+
+def test_one_server_is_both_sides(run, tmp_path):
+    status, found = run("--within", "--pairs", "1")
+    assert status == 0
+    assert (tmp_path / "calls").read_text().split() == ["start-on"] + ["on"] * 2 * (1 + 4 + server.OBSERVED)
+    cases = {(one["name"], one["metric"]): one for one in found["cases"]}
+    draft, graph = cases["n3-bs2-len64-bf16-within-draft", "host_us"], cases["n3-bs2-len64-bf16-within", "gpu_draft_us"]
+    assert (draft["upstream"], draft["ours"], draft["samples"]) == (402.5, 20, 4 * 4)
+    assert graph["upstream"] == graph["ours"] == 3000
+    assert cases["n3-bs2-len64-bf16-within", "decode_step_ms"]["ratio"] > 1.5
 
 
 def test_other_drafts_of_the_same_output_fail(run, capsys):
