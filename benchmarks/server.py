@@ -1,7 +1,7 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
-For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights. They get the same
-greedy requests in turn. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
+For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights. They get
+the same greedy requests in turn. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
 decode_step_ms: from one draft to the next), the host time of each refresh of metadata (draft, verify, draft extend), the GPU
 time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be the same.
 
