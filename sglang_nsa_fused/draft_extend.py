@@ -67,7 +67,7 @@ class DraftExtend:
         """In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted."""
         extend_lens_cpu = forward_batch.extend_seq_lens_cpu
         bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
-        cols = int(forward_batch.seq_lens_cpu.max())
+        cols = max(forward_batch.seq_lens_cpu.tolist())  # of a few dozen, a fourth of the time of .max()
         pages = (cols + self._page_size - 1) // self._page_size
         is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         scheduled = self._num_sms and (self._v2_schedule or not is_v2)
@@ -90,9 +90,7 @@ class DraftExtend:
             max(self._num_sms, 1),
             self._floor,
         )
-        schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(
-            workspace, sizes
-        )
+        schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split_with_sizes(sizes)
         flashmla = self._planners.flashmla_for(self._backend, nsa_lens) if self._flashmla else None
         if form is not NO_FORM:
             schedule = schedule.view(-1, 2)
