@@ -34,15 +34,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """Check whether the plugin would be active here; exit status 0 only if it would."""
     from sglang_nsa_fused.doctor import examine
 
-    findings = examine()
-    if as_json:
-        print(json.dumps({finding.check: {"ok": finding.ok, "detail": finding.detail} for finding in findings}, indent=1))
-    else:
-        console = Console(soft_wrap=True, highlight=False)
-        for finding in findings:
+    findings = []
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in examine():  # some of them import torch and sglang, which takes seconds
+        findings.append(finding)
+        if not as_json:
             state = "[green]ok    [/]" if finding.ok else "[red]FAILED[/]"
             console.print(f"{state} {finding.check:<14}", end=" ")
             console.print(finding.detail, markup=False)
+    if as_json:
+        print(json.dumps({finding.check: {"ok": finding.ok, "detail": finding.detail} for finding in findings}, indent=1))
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from importlib import metadata
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 from sglang_nsa_fused import bare, kernels, patch, plugin
 from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, Settings
@@ -16,9 +16,10 @@ class Finding(NamedTuple):
     detail: str  # what was found, or what to do
 
 
-def examine() -> list[Finding]:
+def examine() -> Iterator[Finding]:
     """Every check in turn; one that fails does not keep the next from running."""
-    return [Finding(name, *_outcome(check)) for name, check in _CHECKS]
+    for name, check in _CHECKS:
+        yield Finding(name, *_outcome(check))
 
 
 def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
