@@ -152,7 +152,7 @@ def decode_steps(samples: list[dict], runs: list[Run], batch: int) -> list[float
     """Milliseconds from one refresh for the draft steps to the next, of full batches within a run."""
     found = []
     for run in runs:
-        at = [one["at"] for one in samples if one.get("kind") == "draft" and one["bs"] >= batch and run.start <= one["at"] <= run.end]
+        at = [one["at"] for one in sides.full_batches(samples, run, batch) if one["kind"] == "draft"]
         found += [(one - before) / 1e6 for before, one in itertools.pairwise(sorted(at))]
     return found
 
@@ -161,9 +161,14 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def by_side(of: dict) -> dict[str, list]:
+    """The values of each side's servers, in their order."""
+    return {side: [value for server, value in of.items() if server.side == side] for side in SIDES}
+
+
 def result(name: str, metric: str, samples: dict[Server | Side, list[float]], **more) -> dict:
     """Of all samples of a side; processes: the median of each of its servers, which tells how much they differ."""
-    of = {side: [values for server, values in samples.items() if server.side == side] for side in SIDES}
+    of = by_side(samples)
     pooled = {side: list(itertools.chain(*found)) for side, found in of.items()}
     upstream, ours = (statistics.median(pooled[side]) for side in SIDES)
     if len(of[UPSTREAM]) > 1:
@@ -174,8 +179,8 @@ def result(name: str, metric: str, samples: dict[Server | Side, list[float]], **
 
 def tokens(name: str, runs: Runs, drafts: dict[Server | Side, list]) -> tuple[dict, list[str]]:
     """Hashes of the output ids and draft tokens of each side, and what is wrong with them."""
-    outputs = {side: sorted({run.ids for server in runs if server.side == side for run in runs[server]}) for side in SIDES}
-    rows = {side: [found for server, found in drafts.items() if server.side == side] for side in SIDES}
+    outputs = {side: sorted({run.ids for found in of for run in found}) for side, of in by_side(runs).items()}
+    rows = by_side(drafts)
     problems = []
     # Where upstream does not repeat itself (its top-k takes tokens in any order, which shows beyond index_topk tokens),
     # there is nothing to compare with.
@@ -200,7 +205,7 @@ def case(name: str, up: list[Server | Side], batch: int, length: int, args) -> t
         server.check_log()
     samples = {server: server.samples() for server in up}
     shas, problems = tokens(name, runs, {server: server.drafts(found[0].start, found[0].end) for server, found in observed_runs.items()})
-    steps = {side: statistics.median(run.steps for server in up if server.side == side for run in runs[server]) for side in SIDES}
+    steps = {side: statistics.median(run.steps for found in of for run in found) for side, of in by_side(runs).items()}
     step_ms = {server: [run.step_ms for run in found] for server, found in runs.items()}
     results = [result(name, "step_ms", step_ms, verify_steps=steps, **shas)]
     decode_step_ms = {server: decode_steps(samples[server], runs[server], batch) for server in up}
@@ -279,7 +284,7 @@ def measure_one(configuration: Configuration, pair: list[Server | Side], results
     problems, longest = [], 0.0
     found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
     found |= {"pairs": args.pairs, "output_tokens": args.output_tokens, "repeats": args.repeats}
-    found |= {"seconds_to_ready": {side: max(server.ready_seconds for server in pair if server.side == side) for side in SIDES}}
+    found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in pair}).items()}}
     found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": max([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
     for batch, length in args.case:

@@ -28,6 +28,7 @@ import time
 RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner"
 WEIGHTS = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 FILE = "SERVER_PROBE_FILE"
+DECISIVE = "server-probe: decisive weights"  # a line of the log
 PERIOD = 0.5  # seconds between writes
 DELAY_CYCLES = 4_000_000  # of the GPU's clock, 2 ms
 # Of decisive_weights: of 129,280 tokens those with random rows in the head, the logit of the next token in standard
@@ -96,7 +97,7 @@ def decisive_weights(model, *args, **kwargs) -> None:
     import torch
 
     random_weights(model)
-    print("server-probe: decisive weights", flush=True)
+    print(DECISIVE, flush=True)
     with torch.no_grad():
         for name, module in model.named_modules():
             if hasattr(module, "shard_indices"):

@@ -16,17 +16,17 @@ def settle() -> None:
 
 
 @contextlib.contextmanager
-def observed(*servers: "Probed") -> Iterator[None]:
+def observed(*up: "Probed") -> Iterator[None]:
     """Their probes keep draft tokens and time the draft graph, at the price of a sync and a delay in each step. All of it is
     written when this ends."""
-    for server in servers:
+    for server in up:
         server.observe_file.touch()
     try:
         settle()
         yield
         settle()
     finally:
-        for server in servers:
+        for server in up:
             server.observe_file.unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Callable, Iterable
+from typing import Callable
 
 import aiohttp
 
@@ -92,17 +92,14 @@ class Book:
 def values(runs: list[Run], samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
     """(part, metric) -> value, of one side in one round."""
     found = {("", metric): value for metric, value in compare.latencies(runs).items()}
-    return found | medians(samples, runs, case)
+    refreshes = sides.refreshes(samples, runs, case.concurrency)
+    return found | {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if us}
 
 
 def graph(check: Check, samples: list[dict], case: Case) -> dict[tuple[str, str], float]:
     """As `values`, of what is timed in a check alone."""
-    return {key: value for key, value in medians(samples, [check], case).items() if key == sides.KINDS[sides.GRAPH]}
-
-
-def medians(samples: list[dict], windows: Iterable, case: Case) -> dict[tuple[str, str], float]:
-    refreshes = sides.refreshes(samples, windows, case.concurrency)
-    return {sides.KINDS[kind]: statistics.median(us) for kind, us in refreshes.items() if us}
+    us = sides.refreshes(samples, [check], case.concurrency)[sides.GRAPH]
+    return {sides.KINDS[sides.GRAPH]: statistics.median(us)} if us else {}
 
 
 def peak_mib(samples: list[dict]) -> float | None:
@@ -137,7 +134,8 @@ def check(target, case: Case, options: Options) -> list[Check]:
         for _ in range(CHECKS):
             if not answered(target, drive.empty_cache(target.url)):
                 raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
-            call, start = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds), perf_counter_ns()
+            call = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds)
+            start = perf_counter_ns()
             output_ids = answered(target, call)
             found.append(Check(start, perf_counter_ns(), output_ids))
     return found

@@ -114,12 +114,17 @@ def observing(target) -> ContextManager[None]:
     return observed(target) if target.probed else contextlib.nullcontext()
 
 
+def full_batches(samples: list[dict], run, bs: int) -> list[dict]:
+    """What was sampled of them within this run: while requests come and go there are others. run: with start and
+    end, nanoseconds of perf_counter."""
+    return [sample for sample in samples if run.start <= sample["at"] <= run.end and sample.get("bs", 0) >= bs]
+
+
 def refreshes(samples: list[dict], runs: Iterable, bs: int) -> dict[str, list[float]]:
-    """Kind -> microseconds, of full batches within these runs: while requests come and go there are others. runs: each with
-    start and end, nanoseconds of perf_counter."""
+    """Kind -> microseconds, of full batches within these runs."""
     found = {kind: [] for kind in KINDS}
-    for sample in samples:
-        within = any(run.start <= sample["at"] <= run.end for run in runs)
-        if within and sample.get("kind") in found and sample["bs"] >= bs:
-            found[sample["kind"]].append(sample["ns"] / 1e3)
+    for run in runs:
+        for sample in full_batches(samples, run, bs):
+            if sample["kind"] in found:
+                found[sample["kind"]].append(sample["ns"] / 1e3)
     return found

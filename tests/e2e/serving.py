@@ -21,6 +21,7 @@ from pathlib import Path
 import aiohttp
 
 from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.probe import DECISIVE
 from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
 from sglang_nsa_fused.plugin import find_release
@@ -35,7 +36,6 @@ ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
 DRIFT_MIB = 64  # over the second half of the load
 
 ITSELF = "upstream's output ids differ in other batches"
-DECISIVE = "server-probe: decisive weights"
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
 PREFILL = re.compile(r"Prefill batch.*?#new-token: (\d+)")
 

@@ -7,11 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])  # last: the installed package stays the one under test
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_no_table_is_stale():

@@ -2,21 +2,22 @@
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from stand_in import FAKE, free_port, stub_site
 
 from sglang_nsa_fused.bench import probed
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import server  # noqa: E402
+@pytest.fixture
+def server(benchmarks):
+    from benchmarks import server
+
+    return server
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(server, tmp_path, monkeypatch):
     monkeypatch.setattr(probed, "SETTLE_SECONDS", 0)
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     site = stub_site(tmp_path / "site")
@@ -33,7 +34,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_each_metric_of_a_case(run, tmp_path):
+def test_each_metric_of_a_case(server, run, tmp_path):
     status, found = run()
     assert status == 0
     cases = {(one["name"], one["metric"]): one for one in found["cases"]}
@@ -54,7 +55,7 @@ def test_each_metric_of_a_case(run, tmp_path):
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
 
 
-def test_one_server_is_both_sides(run, tmp_path):
+def test_one_server_is_both_sides(server, run, tmp_path):
     status, found = run("--within", "--pairs", "1")
     assert status == 0
     assert (tmp_path / "calls").read_text().split() == ["start-on"] + ["on"] * 2 * (1 + 4 + server.OBSERVED)
