@@ -1,10 +1,12 @@
-"""Stands in for sglang.launch_server: what tests/e2e asks of it, without a model. FAKE lists how it misbehaves.
+"""Stands in for sglang.launch_server: what tests/e2e asks of it, without a model. FAKE lists how it misbehaves. Of calls with
+several requests each SPLIT-th is taken in other batches, which round otherwise.
 
 The tokens are a hash of what came before, so they do not depend on what else runs.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import time
@@ -22,6 +24,7 @@ args, _ = parser.parse_known_args()
 plugin = "nsa_fused" in os.environ["SGLANG_PLUGINS"].split(",")
 faults = os.environ.get("FAKE", "").split(",") if plugin else []
 samples = os.environ["SERVER_PROBE_FILE"]
+calls, split = itertools.count(1), int(os.environ.get("SPLIT", 0)) if plugin else 0
 if args.enable_dp_attention and "REFUSES_DP" in os.environ:
     raise SystemExit("ValueError: no data-parallel attention")
 
@@ -42,7 +45,8 @@ async def generate(request) -> web.StreamResponse:
     body = await request.json()
     prompts = body["input_ids"]
     one = not isinstance(prompts[0], list)
-    answering = [answer(body, tuple(prompt)) for prompt in ([prompts] if one else prompts)]
+    apart = not one and split and next(calls) % split == 0
+    answering = [answer(body, tuple(prompt), apart) for prompt in ([prompts] if one else prompts)]
     if not body.get("stream"):
         replies = await asyncio.gather(*answering)
         return web.json_response(replies[0] if one else replies)
@@ -59,15 +63,14 @@ async def generate(request) -> web.StreamResponse:
     return response
 
 
-async def answer(body: dict, prompt: tuple) -> dict:
+async def answer(body: dict, prompt: tuple, apart: bool) -> dict:
     rid, aborted = body.get("rid") or str(time.perf_counter_ns()), asyncio.Event()
     pages = [hash(prompt[:end]) for end in range(64, len(prompt), 64)]
     cached = 64 * next((number for number, page in enumerate(pages) if page not in prefixes), len(pages))
     prefixes.update(pages)
     for start in range(cached, len(prompt), args.chunked_prefill_size):
-        log(
-            f"Prefill batch, #new-seq: 1, #new-token: {min(args.chunked_prefill_size, len(prompt) - start)}, #cached-token: {cached}"
-        )
+        tokens = min(args.chunked_prefill_size, len(prompt) - start)
+        log(f"Prefill batch, #new-seq: {1 + apart}, #new-token: {tokens}, #cached-token: {cached}")
     running[rid], ids, steps = aborted, prompt, 0
     try:
         while len(ids) - len(prompt) < body["sampling_params"]["max_new_tokens"] and not aborted.is_set():
@@ -92,7 +95,7 @@ async def answer(body: dict, prompt: tuple) -> dict:
         "finish_reason": {"type": "abort" if aborted.is_set() else "length"},
     }
     if body.get("return_logprob"):
-        meta["output_token_logprobs"] = [[-0.5 - ("LOGPROB" in faults), one, None] for one in output]
+        meta["output_token_logprobs"] = [[-0.5 - 0.25 * apart - ("LOGPROB" in faults), one, None] for one in output]
     if body.get("top_logprobs_num"):
         meta["output_top_logprobs"] = [[[-0.1, one, None], [-0.1 - float(os.environ["MARGIN"]), one + 1, None]] for one in output]
     return {"output_ids": output, "meta_info": meta}

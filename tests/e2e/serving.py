@@ -9,7 +9,6 @@ index_topk tokens: there every bit must be the same.
 import asyncio
 import collections
 import contextlib
-import json
 import math
 import random
 import re
@@ -37,7 +36,7 @@ DRIFT_MIB = 64  # over the second half of the load
 
 ITSELF = "upstream's output ids differ in other batches"
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
-PREFILL = re.compile(r"Prefill batch.*?#new-token: (\d+)")
+PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,11 @@ class Server(Probed):
     def batches(self, mark: int) -> list[tuple[int, bool]]:
         """Size of each decode batch since then, and whether it had a graph."""
         return [(int(size), graph == "True") for size, graph in DECODE.findall(self.log_from(mark))]
+
+    def prefills(self, mark: int) -> tuple[tuple[int, ...], ...]:
+        """Of each prefill batch since then its requests, their new and cached tokens, and how many decode batches were before."""
+        log = self.log_from(mark)
+        return tuple((*map(int, found.groups()), len(DECODE.findall(log, 0, found.start()))) for found in PREFILL.finditer(log))
 
     def host_mib(self) -> float:
         """Anonymous memory of the scheduler processes."""
@@ -255,43 +259,66 @@ async def prefill_alone(server: Server) -> None:
             await ask(session, server, Request(prompt("one call", length), 1).body)
 
 
-def call(server: Server) -> str:
-    """Sends one call with requests of mixed lengths: output ids and their logprobs, as JSON. Raises Failed."""
+@dataclass(frozen=True)
+class Call:
+    """One call with requests of mixed lengths, answered. start, end: nanoseconds of perf_counter."""
+
+    batches: tuple  # how the scheduler put them together: other batches round otherwise
+    ids: list
+    logprobs: list
+    start: int
+    end: int
+
+
+def call(server: Server) -> Call:
+    """Raises Failed."""
     prompts = [list(prompt("one call", length)) for length in ONE_CALL]
+    mark, start = server.mark, time.perf_counter_ns()
     replies = server.post("/generate", {"input_ids": prompts, "sampling_params": greedy(32), "return_logprob": True})
+    end = time.perf_counter_ns()
     if not all(reply["meta_info"].get("spec_verify_ct") for reply in replies):
         raise Failed(f"{server.name}: no verify steps: the server does not decode speculatively")
     logprobs = [[value[0] for value in reply["meta_info"]["output_token_logprobs"]] for reply in replies]
-    return json.dumps([[reply["output_ids"] for reply in replies], logprobs])
+    return Call(server.prefills(mark), [reply["output_ids"] for reply in replies], logprobs, start, end)
 
 
-def check_call(pair: Pair, repeats: int = 4) -> None:
-    """One call is reproducible: its ids and logprobs are the same to the bit."""
+def alike(pair: Pair, least: int = 3, most: int = 16) -> list[list[Call]]:
+    """Of each server all calls that were put together in the batches that both had most often: how many of a call's requests
+    have come when the scheduler looks is chance. At least so many of each, or it fails after the most calls."""
+    calls: list[list[Call]] = [[], []]
+    while len(calls[0]) < most:
+        for made, server in zip(calls, pair):
+            made.append(call(server))
+        times = [collections.Counter(one.batches for one in made) for made in calls]
+        batches = max(times[0], key=lambda batches: min(side[batches] for side in times))
+        if min(side[batches] for side in times) >= least:
+            console.print(f"  {len(calls[0])} calls of each, {[side[batches] for side in times]} in the same batches")
+            return [[one for one in made if one.batches == batches] for made in calls]
+    raise AssertionError(f"of {most} calls of each server no {least} were put together in the same batches: {times}")
+
+
+def check_call(pair: Pair) -> None:
+    """One call is reproducible: its ids and logprobs are the same to the bit, however often it is made."""
     for server in pair:
         asyncio.run(prefill_alone(server))
         call(server)  # kernels may still be compiled
-    outcomes = [[call(server) for server in pair] for _ in range(repeats)]
-    # The scheduler may take a call's requests in two parts, so not all repeats need be alike.
-    (upstream, times), (ours, our_times) = (collections.Counter(side).most_common(1)[0] for side in zip(*outcomes))
-    console.print(f"  one call: {times} of {repeats} alike with the plugin off, {our_times} with it on")
-    assert 2 * times > repeats, "upstream does not repeat itself: there is nothing to compare with"
-    assert json.loads(upstream)[0] == json.loads(ours)[0], "the output ids of one call differ"
-    assert upstream == ours, "the logprobs of one call differ"
+    upstream, ours = alike(pair)
+    first = upstream[0]
+    itself = all((one.ids, one.logprobs) == (first.ids, first.logprobs) for one in upstream)
+    assert itself, "upstream does not repeat itself: there is nothing to compare with"
+    assert all(one.ids == first.ids for one in ours), "the output ids of one call differ"
+    apart = {number for one in ours for number, both in enumerate(zip(one.logprobs, first.logprobs)) if both[0] != both[1]}
+    assert not apart, f"the logprobs of one call differ, of the requests {sorted(apart)} put together as {first.batches}"
 
 
 def check_drafts(pair: Pair) -> None:
     """Output ids do not tell wrong draft metadata: the target model corrects it."""
-    windows = []
     with observed(*pair):
-        for server in pair:
-            start = time.perf_counter_ns()
-            call(server)
-            windows.append((start, time.perf_counter_ns()))
-    found = [server.drafts(*window) for server, window in zip(pair, windows)]
-    upstream, ours = found
-    console.print(f"  {len(upstream)} rows of draft tokens")
-    assert upstream, "the probe saw no draft tokens"
-    assert upstream == ours, "the draft tokens of one call differ"
+        calls = alike(pair, least=1)
+    upstream, ours = ([server.drafts(one.start, one.end) for one in made] for server, made in zip(pair, calls))
+    console.print(f"  {len(upstream[0])} rows of draft tokens")
+    assert upstream[0], "the probe saw no draft tokens"
+    assert all(rows == upstream[0] for rows in [*upstream, *ours]), "the draft tokens of one call differ"
 
 
 def wait_idle(server: Server, seconds: float) -> bool:

@@ -65,7 +65,7 @@ def test_chunked_prefill(pair):
     requests = [Request(prompt(("chunks", length), length), 48) for length in (40, 300, 2500, 41, 3000, 1025)]
     mark = pair.on.mark
     upstream, ours = answers(list(pair), requests)
-    chunks = [int(tokens) for tokens in serving.PREFILL.findall(pair.on.log_from(mark))]
+    chunks = [tokens for _, tokens, *_ in pair.on.prefills(mark)]
     console.print(f"  prefills of {chunks} tokens")
     assert max(chunks, default=0) <= CHUNK and len(chunks) >= sum(len(request.prompt) for request in requests) // CHUNK
     check_same(pair, requests, upstream, ours)

@@ -53,6 +53,8 @@ RUNS = {
     "good": (SERVER, {}),
     "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,LEAK"}),
     "bits": ((*SERVER[:2], "-k", "test_server and (one_call or abort)"), {"FAKE": "LOGPROB,NO_ABORT"}),
+    "some apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"SPLIT": "2"}),
+    "all apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"SPLIT": "1"}),
     "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), {"FAKE": "TOKEN,FALLBACK"}),
     "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
     "two GPUs": (("-k", "two_gpus"), {"REFUSES_DP": "1"}),
@@ -80,7 +82,7 @@ def servers_of(run: Run) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if str(run.folder).encode() in (process / "environ").read_bytes():
+            if f"{run.folder}/".encode() in (process / "environ").read_bytes():
                 found.append((process / "cmdline").read_text())
         except OSError:
             pass
@@ -116,6 +118,13 @@ def test_differing_logprobs_and_unaborted_requests_fail(runs):
     assert found.keys() == {"test_one_call", "test_abort"}, output
     assert "the logprobs of one call differ" in found["test_one_call"]
     assert "still decoding after its requests were aborted" in found["test_abort"]
+
+
+def test_calls_are_compared_where_they_were_batched_alike(runs):
+    summary, output = runs["some apart"].result()
+    assert "1 passed" in summary and "6 calls of each, [6, 3] in the same batches" in output, output
+    _, output = runs["all apart"].result()
+    assert "no 3 were put together in the same batches" in failures(output)["test_one_call"], output
 
 
 def test_differing_tokens_fail(runs):
