@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the committed results, so that no number there is typed.
+"""Writes the tables of the README and of docs/performance.md from the committed results, so that no number there is typed.
 
     python -m benchmarks.pages [--check]
 """
@@ -9,12 +9,21 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.cases import parse
+from benchmarks.cases import Case, parse
+from sglang_nsa_fused.bench.small_model import LAYERS
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs/performance.md"
+PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 FULL_STEPS = (20, 30, 40)  # ms on the GPU, assumed, of a step of a 61-layer model
+# What the README shows of a release's servers.
+SHOWN = {
+    "h100-0.5.12.post1": (
+        "n4-bs1-len512-bf16", "n4-bs8-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16",
+        "n4-bs1-len131072-fp8", "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
+    ),
+    "h100-0.5.17": ("n3-bs1-len1000-bf16", "n3-bs8-len1000-bf16", "n5-bs1-len1000-bf16", "n5-bs8-len1000-bf16"),
+}  # fmt: skip
 
 
 def load(what: str, of: str) -> dict:
@@ -64,16 +73,47 @@ def replay(of: str) -> str:
     return rows_of(["case", "host us", "ratio", "GPU us", "GPU operations", "syncs"], rows)
 
 
-def estimate(of: str) -> str:
-    """Per case what a step saved, and its share of a step that takes so long on the GPU."""
+def gain(of: str) -> str:
+    """Of the releases of SHOWN whose names begin so."""
     rows = []
-    for case in steps(load("server", of)).values():
-        saved = case["upstream"] - case["ours"]
-        rows.append([case["name"], f"{saved:.1f}", *(f"{saved / (step + saved):.0%}" for step in FULL_STEPS)])
-    return rows_of(["case", "saved ms", *(f"at most, of {step} ms + saved" for step in FULL_STEPS)], rows)
+    for release, names in SHOWN.items():
+        if release.startswith(of):
+            results = load("server", release)
+            found = steps(results)
+            for case in (found[name] for name in names):
+                values = [f"{case[side]:.1f} ms" for side in ("upstream", "ours")]
+                rows.append([results["sglang"], words(parse(case["name"])), *values, f"{case['ratio']:.2f}"])
+    return rows_of(["sglang", "server", "step, sglang", "with the plugin", "times"], rows)
 
 
-TABLES = {"server": server, "replay": replay, "estimate": estimate}
+def words(of: Case) -> str:
+    """What a server's case is, but for what the README says of all."""
+    batch = f"batch {of.batch}, {of.length:,} tokens, {of.draft_steps} draft steps, {of.cache}"
+    return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core
+
+
+def estimate(of: str) -> str:
+    """What a step saved with the most layers measured, and what the draft graph saves by its schedule at a length on top, which
+    no layer of the target changes; and their share of a step that takes so long on the GPU."""
+    results = load("server", of)
+    all_steps, graphs = steps(results), by_name(results, "gpu_draft_us")
+    most = max(parse(name).layers for name in all_steps)
+    rows = []
+    for name, case in all_steps.items():
+        if (base := parse(name)).layers == most:
+            saved = case["upstream"] - case["ours"]
+            rows.append(row_of(name, saved))
+            for other, graph in graphs.items():
+                if (at := parse(other)).but(length=0) == base.but(length=0, layers=LAYERS) and at.length > base.length:
+                    rows.append(row_of(f"{name}, schedule of {other}", saved + (graph["upstream"] - graph["ours"]) / 1e3))
+    return rows_of(["case", "saved ms", *(f"of {step} ms + saved" for step in FULL_STEPS)], rows)
+
+
+def row_of(name: str, saved: float) -> list[str]:
+    return [name, f"{saved:.2f}", *(f"{saved / (step + saved):.1%}" for step in FULL_STEPS)]
+
+
+TABLES = {"server": server, "replay": replay, "gain": gain, "estimate": estimate}
 
 
 def page(text: str) -> str:
@@ -82,13 +122,15 @@ def page(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
-    before = PAGE.read_text()
-    after = page(before)
-    if not parser.parse_args().check:
-        PAGE.write_text(after)
-    elif before != after:
-        sys.exit(f"{PAGE.name}: stale; run python -m benchmarks.pages")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
+    check, stale = parser.parse_args().check, []
+    for path in PAGES:
+        before = path.read_text()
+        if before != (after := page(before)):
+            stale.append(path.name)
+            check or path.write_text(after)
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: stale; run python -m benchmarks.pages")
 
 
 if __name__ == "__main__":

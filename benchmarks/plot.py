@@ -8,12 +8,10 @@ from pathlib import Path
 
 from benchmarks.cases import Case, parse
 from benchmarks.pages import load
-from sglang_nsa_fused.bench.plots import NAMES, draw, save
+from sglang_nsa_fused.bench.plots import draw, save
 
 DOCS = Path(__file__).parents[1] / "docs"
-README = "h100-0.5.12.post1"
-RELEASES = (README, "h100-0.5.17")
-BATCHES = (1, 4, 16, 64)
+RELEASES = ("h100-0.5.12.post1", "h100-0.5.17")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
@@ -29,32 +27,12 @@ def of_metric(results: dict, metric: str) -> list[tuple[Case, dict]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def host_of_each(cases: list[tuple[Case, dict]], axes) -> None:
-    """Of refreshes measured alone, by batch."""
-    found = [(of, case) for of, case in cases if (of.draft_steps, of.length, of.cache) == (4, 512, "") and of.batch in BATCHES]
-    groups = {label: [(of.batch, case) for of, case in found if of.kind == kind] for kind, label in KINDS.items()}
-    draw(axes, groups, "Host time of one refresh, 4 draft steps, 512 tokens", "batch", "us", log=True)
-
-
 def gpu_by_batch(cases: list[tuple[Case, dict]], kind: str, axes) -> None:
     found = [(of, case) for of, case in cases if (of.kind, of.draft_steps, of.cache) == (kind, 4, "")]
     groups: dict[str, list] = {}
     for of, case in found:
         groups.setdefault(f"{of.length:,} tokens", []).append((of.batch, case))
     draw(axes, groups, f"GPU time of one refresh: {KINDS[kind]}", "batch", "us", log=True)
-
-
-def steps_of_all(cases: list[tuple[Case, dict]], axes) -> None:
-    names = [case["name"] for _, case in cases]
-    for offset, (side, (name, color)) in zip((-0.2, 0.2), NAMES.items()):
-        values = [case[side] for _, case in cases]
-        spread = [[abs(case["spread"][side][at] - case[side]) for _, case in cases] for at in (0, 1)]
-        places = [at + offset for at in range(len(names))]
-        axes.barh(places, values, 0.38, xerr=spread, color=color, label=name, error_kw={"elinewidth": 0.8})
-    axes.set(title="One speculative step in a server", xlabel="ms, median, 10th to 90th percentile")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
 
 
 def along(cases: list[tuple[Case, dict]], dimension: str) -> tuple[str, dict[str, list]]:
@@ -80,8 +58,6 @@ def main(folder: Path = DOCS) -> None:
     for release in RELEASES:
         replays, servers = load("replay", release), load("server", release)
         steps = of_metric(servers, "decode_step_ms") or of_metric(servers, "step_ms")
-        if release == README:
-            save(servers, folder / "gain.png", partial(host_of_each, of_metric(replays, "host_us")), partial(steps_of_all, steps))
         gpu = of_metric(replays, "gpu_us")
         save(replays, folder / f"gpu-{release}.png", *(partial(gpu_by_batch, gpu, kind) for kind in KINDS))
         panels = [panel for dimension in DIMENSIONS if (panel := step_along(steps, dimension))]

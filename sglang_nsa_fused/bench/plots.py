@@ -69,9 +69,13 @@ def save(head: dict, path: Path, *panels) -> list[Path]:
     matplotlib.use("agg")  # no display needed
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for panel, one in zip(panels, axes[0]):
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), layout="constrained", squeeze=False)
+    for panel, one in zip(panels, axes.flat):
         panel(one)
+    for one in axes.flat[len(panels) :]:
+        one.axis("off")
     figure.suptitle(f"{head['gpu'] or 'GPU unknown'}, sglang {head['sglang']}", fontsize=9, color="#5f6368")
     paths = [path] if path.suffix in SUFFIXES else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
     path.parent.mkdir(parents=True, exist_ok=True)
