@@ -302,8 +302,24 @@ def wait(condition, seconds: float) -> bool:
 def gpu_memory_mib() -> float:
     """In use on the GPU by all processes; 0 where nvidia-smi is missing."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+        return float(nvidia_smi("-i", gpu, "--query-gpu=memory.used"))
     except (OSError, ValueError, subprocess.SubprocessError):
         return 0
+
+
+def gpu_memory_by_process() -> dict[int, float]:
+    """MiB in use on all GPUs by each process id; empty where the driver does not tell."""
+    found: dict[int, float] = {}
+    try:
+        for line in nvidia_smi("--query-compute-apps=pid,used_gpu_memory").splitlines():
+            pid, mib = line.split(",")
+            found[int(pid)] = found.get(int(pid), 0) + float(mib)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    return found
+
+
+def nvidia_smi(*query: str) -> str:
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout

@@ -9,6 +9,7 @@ from sglang_nsa_fused.bench import servers
 
 HERE = Path(__file__).resolve().parent
 DRAFT_STEPS = (2, 3, 4, 5, 7)
+LOADED = 4  # draft steps of the servers under load, where there is a choice
 
 
 def pytest_addoption(parser):
@@ -33,7 +34,9 @@ def pytest_generate_tests(metafunc):
         if steps is None:
             steps = (4,) if metafunc.module.__name__ == "test_two_gpus" else DRAFT_STEPS
         else:
-            steps = map(int, steps.split(","))
+            steps = tuple(map(int, steps.split(",")))
+        if metafunc.function.__name__ == "test_load" and LOADED in steps:
+            steps = (LOADED,)
         found = [Configuration.of(cache, count) for count in steps for cache in caches.split(",")]
         metafunc.parametrize("configuration", found, ids=lambda one: one.name, scope="module")
 

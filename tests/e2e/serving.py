@@ -33,6 +33,7 @@ CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
 ONE_CALL = (1, 7, 63, 64, 65, 500, 999, 1000)  # lengths
 DRIFT_MIB = 64  # over the second half of the load
+HOST_MEMORY, GPU_MEMORY = "host memory", "GPU memory"
 
 ITSELF = "upstream's output ids differ in other batches"
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
@@ -110,6 +111,13 @@ class Server(Probed):
             with contextlib.suppress(OSError):
                 kib += int(re.search(r"RssAnon:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
         return kib / 1024
+
+    def memory(self) -> dict[str, float]:
+        """MiB of its own, by what holds it: of the GPU only where the driver tells it by process."""
+        found, by_process = {HOST_MEMORY: self.host_mib()}, servers.gpu_memory_by_process()
+        if by_process:
+            found[GPU_MEMORY] = sum(by_process.get(pid, 0) for pid in servers.session_members([self.process]))
+        return found
 
 
 @dataclass(frozen=True)
@@ -340,12 +348,18 @@ def drift(samples: list[tuple[float, float]]) -> float:
     return slope * (half[-1][0] - half[0][0])
 
 
-def check_drift(samples: dict[str, list[tuple[float, float]]]) -> None:
-    """Of the GPU and of each side's host memory."""
-    rises = {what: drift(found) for what, found in samples.items()}
-    for what, found in samples.items():
+def memory(pair: Pair) -> dict[tuple[str, str], float]:
+    """(side, what) -> MiB; the whole GPU's of both sides where the driver does not tell it by process."""
+    found = {(server.side, what): mib for server in pair for what, mib in server.memory().items()}
+    return found if (ON, GPU_MEMORY) in found else found | {("both", GPU_MEMORY): servers.gpu_memory_mib()}
+
+
+def check_drift(samples: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
+    """Of `memory`, over time: how much more it rises with the plugin than without."""
+    rises = {key: drift(found) for key, found in samples.items()}
+    for (side, what), found in samples.items():
         low, high = (pick(mib for _, mib in found) for pick in (min, max))
-        console.print(f"  {what}: {low:.0f} to {high:.0f} MiB, {rises[what]:+.1f} over the second half")
-    assert rises["gpu"] < DRIFT_MIB, f"GPU memory drifts: {rises['gpu']:+.1f} MiB over the second half of the load"
-    ours = rises[ON] - max(0, rises[OFF])
-    assert ours < DRIFT_MIB, f"host memory drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"
+        console.print(f"  {what}, {side}: {low:.0f} to {high:.0f} MiB, {rises[side, what]:+.1f} over the second half")
+    for what in (HOST_MEMORY, GPU_MEMORY):
+        ours = rises[ON, what] - max(0, rises[OFF, what]) if (ON, what) in rises else rises["both", what]
+        assert ours < DRIFT_MIB, f"{what} drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"

@@ -1,14 +1,13 @@
 """A real server with speculative decoding, plugin off and on; one pair of servers for each configuration."""
 
 import asyncio
+import collections
 import math
 import random
 import time
 
 import serving
 from serving import CAPTURED, CHUNK, RUNNING, Request, answers, check_same, client, console, prompt
-
-from sglang_nsa_fused.bench.servers import gpu_memory_mib
 
 
 def mixed(seed: str, count: int) -> list[Request]:
@@ -112,8 +111,8 @@ async def abort(server, others: list[Request]) -> tuple[list, str]:
 
 
 def test_load(pair, minutes):
-    """GPU memory of both servers and host memory of each under the same load, and their tokens after it."""
-    samples = {"gpu": [], serving.OFF: [], serving.ON: []}
+    """GPU and host memory of each server under the same load, and their tokens after it."""
+    samples = collections.defaultdict(list)
     count = asyncio.run(load(pair, 60 * minutes, samples))
     console.print(f"  {count} requests in {minutes} minutes")
     serving.check_drift(samples)
@@ -136,12 +135,12 @@ async def load(pair, seconds: float, samples: dict) -> int:
     async def watch():
         said = start
         while (now := time.monotonic()) - start < seconds:
-            memory = [await asyncio.to_thread(gpu_memory_mib), *(server.host_mib() for server in pair)]
-            for found, mib in zip(samples.values(), memory):
-                found.append((now - start, mib))
+            memory = await asyncio.to_thread(serving.memory, pair)
+            for key, mib in memory.items():
+                samples[key].append((now - start, mib))
             if now - said > 30:
                 said = now
-                console.print(f"  {now - start:.0f} s, {count} requests, {[round(mib) for mib in memory]} MiB")
+                console.print(f"  {now - start:.0f} s, {count} requests, {[round(mib) for mib in memory.values()]} MiB")
             await asyncio.sleep(min(5, seconds / 40))
 
     async with client() as session:
