@@ -54,7 +54,7 @@ def prepare(folder: Path, machine: dict, cases: list, options: SimpleNamespace) 
     if machine["loader"]:
         servers.write_probe(folder / "probe")
     of_model = real_flags if options.model_path else small_flags
-    console.print(f"{machine['gpu']}, sglang {machine['sglang']}, torch {machine['torch']}; logs in {folder}", soft_wrap=True)
+    console.print(f"{machine['gpu']}, sglang {machine['sglang']}, torch {machine['torch']}; logs in {folder}")
     return Setup(
         folder=folder, flags=(*of_model(folder, machine, cases, options), *shlex.split(options.server_flags)),
         port=options.port, loader=machine["loader"], dense_prefill=bool(options.model_path),

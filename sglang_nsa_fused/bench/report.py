@@ -3,19 +3,20 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS
+from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS, PARTS
 from sglang_nsa_fused.bench.record import SIDES
 from sglang_nsa_fused.bench.servers import Failed, OutOfMemory
 
-WIDTH = 170
+WIDTH = 120
 LOG_LINES = 5  # of a server's log, behind an error
 STYLES = {GAIN: "green", LOSS: "red"}
 
-console = Console(stderr=True, highlight=False, width=WIDTH)  # for all but the table
+console = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)  # for all but the table
 
 
 class Result:
@@ -46,7 +47,7 @@ class Result:
 
 
 def say(text: str, style: str = "") -> None:
-    console.print(text, markup=False, soft_wrap=True, style=style)
+    console.print(text, markup=False, style=style)
 
 
 def say_failed(error: Failed) -> None:
@@ -61,16 +62,30 @@ def say_failed(error: Failed) -> None:
 
 
 def table(cases: list[dict]) -> Table:
-    found = Table("case", "", "off", "p10-p90", "on", "p10-p90", "off/on", "p10-p90", "rounds", "p", "")
-    groups = [(one.get("concurrency"), one.get("input_tokens")) for one in cases]
-    for one, group, following in zip(cases, groups, [*groups[1:], None]):
-        what = METRICS[one["metric"]] + (", larger is better" if one["metric"] in BETTER_LARGER else "")
-        medians = [(number(one[side]), extent(one["spread"][side])) for side in SIDES]
-        ratio = ("" if one["ratio"] is None else f"{one['ratio']:.2f}"), extent(one["ratio_spread"])
+    found = Table("", "off (p10-p90)", "on (p10-p90)", "off/on (p10-p90)", "p", "", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    group = None
+    for one in cases:
+        if group != (group := (one.get("concurrency"), one.get("input_tokens"))):
+            found.add_row(f"[bold]{case_of(one)}[/], {one['samples']} round{'s' * (one['samples'] != 1)}")
+        what = METRICS[one["metric"]] + " (+)" * (one["metric"] in BETTER_LARGER)
+        if part := part_of(one):
+            what = f"{part} {what}"
+        values = [f"{number(one[side])} ({extent(one['spread'][side])})" for side in SIDES]
+        ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f} ({extent(one['ratio_spread'])})"
         p = f"{one['p']:.3f}" if one["p"] >= 0.001 else "<0.001"
-        cells = (one["name"], what, *medians[0], *medians[1], *ratio, str(one["samples"]), p, one["verdict"])
-        found.add_row(*cells, style=STYLES.get(one["verdict"], ""), end_section=group != following)
+        found.add_row(f"  {what}", *values, ratio, p, one["verdict"], style=STYLES.get(one["verdict"], ""))
     return found
+
+
+def part_of(case: dict) -> str:
+    """Of which refresh it is, or ""."""
+    *_, last = case["name"].split("-")
+    return last if last in PARTS else ""
+
+
+def case_of(case: dict) -> str:
+    part = part_of(case)
+    return case["name"].removesuffix(f"-{part}") if part else case["name"]
 
 
 def number(value: float) -> str:
@@ -85,7 +100,8 @@ def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
     timed = {one["name"].rpartition("-")[0] for one in cases if one["metric"] == "host_us"}
     probed = any(one["metric"] == "peak_mib" for one in cases)
     untimed = {one["name"] for one in cases if probed and one["metric"] == "tokens_per_s"} - timed
-    found = [
+    found = ["(+): larger is better."] if any(one["metric"] in BETTER_LARGER for one in cases) else []
+    found += [
         f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of {round(1 / LEVEL)} "
         "rows without any difference one shows such a p by chance."
     ]

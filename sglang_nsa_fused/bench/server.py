@@ -18,10 +18,14 @@ OF_SERVERS = (
     "draft_steps", "cache", "layers", "experts", "model_path", "context_length", "mem_fraction", "simulate_acceptance", "server_flags",
 )  # fmt: skip
 
+SMALL_MODELS = ("layers", "experts")
+OUTPUTS = ("json", "plot", "log_dir", "commit")
+
 Option = typer.Option
 
 
 def server(
+    context: typer.Context,
     concurrency: Annotated[list, Option(parser=numbers, help="Requests at a time, as 1,8 or 1-64 (doubling).")] = "1,8",
     length: Annotated[list, Option(parser=numbers, help="Input tokens of a request.")] = "64,4096",
     output_tokens: Annotated[int, Option(min=2, help="Output tokens of a request.")] = 64,
@@ -66,6 +70,8 @@ def server(
     Exit status 1 where something failed or tokens differ, 130 after Ctrl-C; what was measured is kept.
     """
     options = SimpleNamespace(**locals())
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    check_used(options, {name for name, source in sources.items() if source and source.name == "COMMANDLINE"})
     if not (model_path or attach):
         vars(options).update({name: getattr(options, name) or value for name, value in SMALL.items()})
     check(options)
@@ -87,6 +93,19 @@ def server(
     if failure:
         report.say_failed(failure)
     raise typer.Exit(status or differ)
+
+
+def check_used(options: SimpleNamespace, given: set[str]) -> None:
+    """given: names of options. Raises typer.BadParameter for one that would change nothing."""
+    unused = {
+        "--read-off": given - {"read_off", "read_on", *OUTPUTS} if options.read_off else (),
+        "--attach": given & {*OF_SERVERS, "port", "ready_seconds"} - {"simulate_acceptance"} if options.attach else (),
+        "--model-path": given & {*SMALL_MODELS} if options.model_path else (),
+        "two servers at once; it is for --one-at-a-time": given & {"repeats"} if not options.one_at_a_time else (),
+    }
+    for mode, names in unused.items():
+        for name in sorted(names):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is not for {mode}: leave it out")
 
 
 def check(options: SimpleNamespace) -> None:

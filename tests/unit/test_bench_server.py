@@ -31,8 +31,11 @@ class Bench:
 
     def arguments(self, *more) -> list[str]:
         small = ["--concurrency", "1", "--length", "64", "--output-tokens", "9", "--rounds", "6", "--warmup", "1"]
-        own = ["--port", self.port, "--server-command", FAKE, "--log-dir", self.folder / "logs", "--json", self.json]
-        return [str(argument) for argument in ["bench", "server", *small, *own, *more]]
+        own = ["--log-dir", self.folder / "logs", "--json", self.json]
+        if "--read-off" not in more:
+            own += small
+            own += [] if "--attach" in more else ["--port", self.port, "--server-command", FAKE]
+        return [str(argument) for argument in ["bench", "server", *own, *more]]
 
     def env(self, fakes: dict[str, str]) -> dict[str, str]:
         return {"PYTHONPATH": self.path, "FAKE_CALLS": str(self.calls), **{f"FAKE_{name}": side for name, side in fakes.items()}}
@@ -113,7 +116,7 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
     assert (graph["upstream"], graph["ours"], graph["verdict"]) == (4000, 3000, "too few rounds")
     assert cases["server", "peak_mib"]["upstream"] == 5120 and cases["server", "peak_mib"]["ours"] == 5121
 
-    for text in ("time per output token, ms", "inter-token latency p99, ms", "peak memory, MiB", "no difference shown"):
+    for text in ("time per output token, ms", "inter-token latency p99, ms", "peak memory, MiB", "no difference shown", "bs2-len64, 6 rounds", "verify refresh, host us"):
         assert text in result.stdout
     assert "The same tokens on both sides: bs1-len64, bs2-len64." in result.stderr
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
@@ -349,6 +352,11 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_measured(bench, number, chi
     (["--attach", "localhost:1", "http://b"], ["--attach", "localhost:1"]),
     (["--attach", "http://a", "http://b", "--one-at-a-time"], ["--attach", "--one-at-a-time", "got several"]),
     (["--attach", "http://a", "http://b", "--simulate-acceptance", "2"], ["--simulate-acceptance", "SGLANG_SIMULATE_ACC_LEN"]),
+    (["--attach", "http://a", "http://b", "--layers", "2"], ["--layers is not for --attach"]),
+    (["--attach", "http://a", "http://b", "--port", "1"], ["--port is not for --attach"]),
+    (["--model-path", "org/model", "--experts", "32"], ["--experts is not for --model-path"]),
+    (["--repeats", "2"], ["--repeats is not for two servers at once"]),
+    (["--read-off", "a", "--read-on", "b", "--rounds", "7"], ["--rounds is not for --read-off"]),
     (["--read-off", "a.jsonl"], ["--read-on", "got one"]),
     (["--draft-steps", "1"], ["--draft-steps"]),
     (["--mem-fraction", "5"], ["--mem-fraction"]),
@@ -433,3 +441,16 @@ def test_a_half_written_sample_waits_for_its_end(tmp_path):
     server = sides.Setup(tmp_path, (), 30_000, loader=True, dense_prefill=False).server("ours", 2)
     server.samples_file.write_text('{"at": 1}\n{"at": ')
     assert server.name == "on-3" and server.samples() == [{"at": 1}]
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [("7, 100\n9, 3\n7, 20\n", {7: 120, 9: 3}), ("7, [N/A]\n", {}), ("", {})],
+    ids=["on two GPUs", "not told", "nothing on the GPU"],
+)
+def test_gpu_memory_by_process(tmp_path, monkeypatch, said, expected):
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert servers.gpu_memory_by_process() == expected
