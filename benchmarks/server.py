@@ -283,7 +283,8 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
 def measure_one(configuration: Configuration, pair: list[Server | Side], results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
-    found |= {"pairs": args.pairs, "output_tokens": args.output_tokens, "repeats": args.repeats}
+    settings = ("pairs", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
+    found |= {name: getattr(args, name) for name in settings}
     found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in pair}).items()}}
     found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": max([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")

@@ -50,7 +50,7 @@ def test_each_metric_of_a_case(server, run, tmp_path):
     assert (graph["upstream"], graph["ours"], graph["samples"]) == (4000, 3000, 2 * 4 * server.OBSERVED)
     assert graph["processes"] == {"upstream": [4000, 4000], "ours": [3000, 3000]}
     (configuration,) = found["configurations"]
-    assert (configuration["pairs"], set(configuration["seconds_to_ready"])) == (2, set(server.SIDES))
+    assert (configuration["pairs"], configuration["warmup"], set(configuration["seconds_to_ready"])) == (2, 1, set(server.SIDES))
     assert (tmp_path / "calls").read_text().split()[4:12] == ["off", "on", "on", "off"] * 2  # warm-up, forth and back
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
 
