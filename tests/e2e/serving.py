@@ -315,8 +315,17 @@ def check_call(pair: Pair) -> None:
     itself = all((one.ids, one.logprobs) == (first.ids, first.logprobs) for one in upstream)
     assert itself, "upstream does not repeat itself: there is nothing to compare with"
     assert all(one.ids == first.ids for one in ours), "the output ids of one call differ"
-    apart = {number for one in ours for number, both in enumerate(zip(one.logprobs, first.logprobs)) if both[0] != both[1]}
-    assert not apart, f"the logprobs of one call differ, of the requests {sorted(apart)} put together as {first.batches}"
+    apart = [
+        (number, at, abs(left - right))
+        for one in ours
+        for number, both in enumerate(zip(one.logprobs, first.logprobs))
+        for at, (left, right) in enumerate(zip(*both))
+        if left != right
+    ]
+    assert not apart, (
+        f"the logprobs of one call differ by up to {max(nats for *_, nats in apart):.1e} nats, of the requests "
+        f"{sorted({number for number, *_ in apart})} from token {min(at for _, at, _ in apart)} on, batched as {first.batches}"
+    )
 
 
 def check_drafts(pair: Pair) -> None:
