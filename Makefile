@@ -1,7 +1,8 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
 # make test  the tests, the kernels emulated on the host, then those with real sglang classes once for each sglang release;
 #            ARGS instead: pytest with these alone
-# make e2e   real servers with speculative decoding, plugin off and on; needs a GPU and all of sglang; ARGS as for pytest
+# make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
+#            pytest
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv

@@ -57,6 +57,8 @@ def refreshes(step: int) -> None:
 def whole(prompts: list, total: int) -> list[dict]:
     """The answer to all requests of one call."""
     steps = -(-(total - 1) // STEP_TOKENS)
+    for part in [prompts[:1], prompts[1:]] if fake("APART") and len(prompts) > 1 else [prompts]:
+        say(f"Prefill batch, #new-seq: {len(part)}, #new-token: {sum(map(len, part))}, #cached-token: 0, token usage: 0.00")
     for step in range(1, steps + 1):
         take_a_step()
         refreshes(step)

@@ -2,6 +2,7 @@
 are the same."""
 
 import statistics
+from collections import Counter
 
 import numpy
 
@@ -100,6 +101,14 @@ def first_difference(upstream: tuple, ours: tuple) -> str | None:
     return None
 
 
+def most_alike(batches: list[list[tuple]]) -> tuple[tuple, list[int]]:
+    """batches: of each side, how the scheduler put together the requests of each repeat of one call: how many have come when it
+    looks is chance, and other batches round otherwise. The way that both sides took most often, and how often each did."""
+    times = [Counter(of) for of in batches]
+    found = max(times[0], key=lambda one: min(side[one] for side in times))
+    return found, [side[found] for side in times]
+
+
 def same_tokens(rounds: list[dict[str, list[Run]]], repeats: dict[str, list[tuple]]) -> tuple[bool | None, str]:
     """(whether they are, None where it cannot be said; why not).
 
@@ -116,7 +125,7 @@ def same_tokens(rounds: list[dict[str, list[Run]]], repeats: dict[str, list[tupl
         for number, one in enumerate(rounds, 1)
         for upstream, ours in zip(one[UPSTREAM], one[OURS])
     ]
-    for name, upstream, ours in [*pairs, *(("repeats", *pair) for pair in zip(repeats[UPSTREAM], repeats[OURS]))]:
+    for name, upstream, ours in [*pairs, *(("repeats", repeats[UPSTREAM][0], ours) for ours in repeats[OURS])]:
         if difference := first_difference(upstream, ours):
             return False, f"{name}, {difference}"
     return True, ""

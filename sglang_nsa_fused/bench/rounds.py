@@ -35,6 +35,7 @@ class Check:
     start: int
     end: int
     output_ids: tuple
+    batches: tuple  # as `prefills` of the server
 
 
 class Book:
@@ -72,19 +73,29 @@ class Book:
             found.append(compare.row("server", "peak_mib", dict(zip(SIDES, map(list, zip(*pairs))))))
         return found
 
+    def alike(self, case: Case) -> dict[str, list[tuple]]:
+        """Output ids of the repeats that both sides put together in the same batches, of a side alone of all."""
+        checks = self.checks[case]
+        if len(checks) < len(SIDES):
+            return {side: [check.output_ids for check in of] for side, of in checks.items()}
+        batches, _ = compare.most_alike([[check.batches for check in checks[side]] for side in SIDES])
+        return {side: [check.output_ids for check in of if check.batches == batches] for side, of in checks.items()}
+
     def same_tokens(self) -> dict[str, dict]:
         """Case -> {"same": true, false or null where it cannot be said, "why": ...}."""
         found = {}
         for case in self.runs:
-            repeats = {side: [check.output_ids for check in checks] for side, checks in self.checks[case].items()}
+            repeats = self.alike(case)
             if rounds := list(self.whole(case).values()):
                 if case.concurrency == 1:
                     same, why = compare.same_tokens(rounds, repeats)
-                elif self.dp_size == 1:
+                elif self.dp_size > 1:
+                    same, why = None, "data-parallel ranks batch the requests of one call as they come"
+                elif not all(repeats.values()):
+                    same, why = None, "no repeat of one call was put together in the same batches on both sides"
+                else:
                     # Requests that are sent one by one meet in other batches in each round.
                     same, why = compare.same_tokens([], repeats)
-                else:
-                    same, why = None, "data-parallel ranks batch the requests of one call as they come"
                 found[case.name] = {"same": same, "why": why}
         return found
 
@@ -135,9 +146,9 @@ def check(target, case: Case, options: Options) -> list[Check]:
             if not answered(target, drive.empty_cache(target.url)):
                 raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
             call = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds)
-            start = perf_counter_ns()
+            start, mark = perf_counter_ns(), target.mark
             output_ids = answered(target, call)
-            found.append(Check(start, perf_counter_ns(), output_ids))
+            found.append(Check(start, perf_counter_ns(), output_ids, target.prefills(mark)))
     return found
 
 

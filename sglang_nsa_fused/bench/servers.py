@@ -36,6 +36,8 @@ NOT_ACTIVE = re.compile(r"sglang-nsa-fused: not active: .*")
 PLUGIN_FAILED = re.compile(r"Failed to (?:load plugin|execute general plugin|apply hooks).*")  # sglang goes on without it
 PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
 FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
+DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
+PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
 
 console = Console(width=150, highlight=False, markup=False)
 
@@ -107,6 +109,19 @@ class Server:
         if found := FALLBACK_LINE.search(log):
             raise Failed(f"{self.name}: the server fell back: {found[0]}")
         return [line for line in PLUGIN_LINE.findall(log) if "active" in line and "not active" not in line]
+
+    @property
+    def mark(self) -> int:
+        """Where the log ends now."""
+        return self.log.stat().st_size
+
+    def log_from(self, mark: int) -> str:
+        return self.log.read_bytes()[mark:].decode(errors="replace")
+
+    def prefills(self, mark: int) -> tuple[tuple[int, ...], ...]:
+        """Of each prefill batch since then its requests, their new and cached tokens, and how many decode batches were before."""
+        log = self.log_from(mark)
+        return tuple((*map(int, found.groups()), len(DECODE.findall(log, 0, found.start()))) for found in PREFILL.finditer(log))
 
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-30:]

@@ -40,12 +40,16 @@ class Attached:
     """A server that runs already. url: without a slash at the end."""
 
     probed = False
+    mark = 0
 
     def __init__(self, side: str, url: str):
         self.side, self.url = side, url
 
     def samples(self) -> list[dict]:
         return []
+
+    def prefills(self, mark: int) -> tuple:
+        return ()  # its log is not at hand
 
     def check(self) -> None:
         pass

@@ -7,7 +7,6 @@ index_topk tokens: there every bit must be the same.
 """
 
 import asyncio
-import collections
 import contextlib
 import math
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 import aiohttp
 
 from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.bench.compare import most_alike
 from sglang_nsa_fused.bench.probe import DECISIVE
 from sglang_nsa_fused.bench.probed import Probed, observed
 from sglang_nsa_fused.bench.servers import HOST, Failed, console
@@ -36,8 +36,6 @@ DRIFT_MIB = 64  # over the second half of the load
 HOST_MEMORY, GPU_MEMORY = "host memory", "GPU memory"
 
 ITSELF = "upstream's output ids differ in other batches"
-DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
-PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
 
 
 @dataclass(frozen=True)
@@ -82,21 +80,9 @@ class Server(Probed):
         port = options.port + servers.PORTS_APART * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
 
-    def log_from(self, mark: int) -> str:
-        return self.log.read_bytes()[mark:].decode(errors="replace")
-
-    @property
-    def mark(self) -> int:
-        return self.log.stat().st_size
-
     def batches(self, mark: int) -> list[tuple[int, bool]]:
         """Size of each decode batch since then, and whether it had a graph."""
-        return [(int(size), graph == "True") for size, graph in DECODE.findall(self.log_from(mark))]
-
-    def prefills(self, mark: int) -> tuple[tuple[int, ...], ...]:
-        """Of each prefill batch since then its requests, their new and cached tokens, and how many decode batches were before."""
-        log = self.log_from(mark)
-        return tuple((*map(int, found.groups()), len(DECODE.findall(log, 0, found.start()))) for found in PREFILL.finditer(log))
+        return [(int(size), graph == "True") for size, graph in servers.DECODE.findall(self.log_from(mark))]
 
     def host_mib(self) -> float:
         """Anonymous memory of the scheduler processes."""
@@ -297,12 +283,11 @@ def alike(pair: Pair, least: int = 3, most: int = 16) -> list[list[Call]]:
     while len(calls[0]) < most:
         for made, server in zip(calls, pair):
             made.append(call(server))
-        times = [collections.Counter(one.batches for one in made) for made in calls]
-        batches = max(times[0], key=lambda batches: min(side[batches] for side in times))
-        if min(side[batches] for side in times) >= least:
-            console.print(f"  {len(calls[0])} calls of each, {[side[batches] for side in times]} in the same batches")
+        batches, times = most_alike([[one.batches for one in made] for made in calls])
+        if min(times) >= least:
+            console.print(f"  {len(calls[0])} calls of each, {times} in the same batches")
             return [[one for one in made if one.batches == batches] for made in calls]
-    raise AssertionError(f"of {most} calls of each server no {least} were put together in the same batches: {times}")
+    raise AssertionError(f"of {most} calls of each server no {least} were put together in the same batches, {times} at most")
 
 
 def check_call(pair: Pair) -> None:

@@ -211,6 +211,13 @@ def test_requests_that_meet_in_other_batches_are_not_compared_but_those_of_one_c
     assert "the tokens of off and on differ: repeats, request 0, token 3: " in failure(result)
 
 
+def test_calls_in_other_batches_are_not_compared(bench):
+    result = bench("--concurrency", "2", TOKENS="on", APART="on")
+    assert result.exit_code == 0, result.output
+    same = json.loads(bench.json.read_text())["same_tokens"]["bs2-len64"]
+    assert same == {"same": None, "why": "no repeat of one call was put together in the same batches on both sides"}
+
+
 def test_ranks_that_split_a_call_are_not_compared(bench):
     result = bench("--concurrency", "1,2", "--rounds", "1", DP_SIZE="2", TOKENS="on")
     assert result.exit_code == 1  # for one request
