@@ -104,8 +104,8 @@ def check_used(options: SimpleNamespace, given: set[str]) -> None:
         "two servers at once; it is for --one-at-a-time": given & {"repeats"} if not options.one_at_a_time else (),
     }
     for mode, names in unused.items():
-        for name in sorted(names):
-            raise typer.BadParameter(f"--{name.replace('_', '-')} is not for {mode}: leave it out")
+        if names:
+            raise typer.BadParameter(f"--{min(names).replace('_', '-')} is not for {mode}: leave it out")
 
 
 def check(options: SimpleNamespace) -> None:

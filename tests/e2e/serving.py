@@ -100,10 +100,9 @@ class Server(Probed):
 
     def memory(self) -> dict[str, float]:
         """MiB of its own, by what holds it: of the GPU only where the driver tells it by process."""
-        found, by_process = {HOST_MEMORY: self.host_mib()}, servers.gpu_memory_by_process()
-        if by_process:
-            found[GPU_MEMORY] = sum(by_process.get(pid, 0) for pid in servers.session_members([self.process]))
-        return found
+        by_process = servers.gpu_memory_by_process()
+        on_gpu = sum(by_process.get(pid, 0) for pid in servers.session_members([self.process]))
+        return {HOST_MEMORY: self.host_mib()} | ({GPU_MEMORY: on_gpu} if on_gpu else {})
 
 
 @dataclass(frozen=True)
