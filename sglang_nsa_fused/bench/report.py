@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS, PARTS
+from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS
 from sglang_nsa_fused.bench.record import SIDES
 from sglang_nsa_fused.bench.servers import Failed, OutOfMemory
 
@@ -62,30 +62,21 @@ def say_failed(error: Failed) -> None:
 
 
 def table(cases: list[dict]) -> Table:
-    found = Table("", "off (p10-p90)", "on (p10-p90)", "off/on (p10-p90)", "p", "", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    group = None
+    """cases: as `compare.rows` gives them, those of a refresh behind their whole case."""
+    look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "collapse_padding": True}
+    found = Table("", "off (p10-p90)", "on (p10-p90)", "off/on (p10-p90)", "p", "", **look)
+    group, case = None, ""
     for one in cases:
         if group != (group := (one.get("concurrency"), one.get("input_tokens"))):
-            found.add_row(f"[bold]{case_of(one)}[/], {one['samples']} round{'s' * (one['samples'] != 1)}")
-        what = METRICS[one["metric"]] + " (+)" * (one["metric"] in BETTER_LARGER)
-        if part := part_of(one):
-            what = f"{part} {what}"
+            case = one["name"]
+            found.add_row(f"[bold]{case}[/], {one['samples']} round{'s' * (one['samples'] != 1)}")
+        part = one["name"].removeprefix(case).removeprefix("-")
+        what = f"{part} {METRICS[one['metric']]}".lstrip() + " (+)" * (one["metric"] in BETTER_LARGER)
         values = [f"{number(one[side])} ({extent(one['spread'][side])})" for side in SIDES]
         ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f} ({extent(one['ratio_spread'])})"
         p = f"{one['p']:.3f}" if one["p"] >= 0.001 else "<0.001"
         found.add_row(f"  {what}", *values, ratio, p, one["verdict"], style=STYLES.get(one["verdict"], ""))
     return found
-
-
-def part_of(case: dict) -> str:
-    """Of which refresh it is, or ""."""
-    *_, last = case["name"].split("-")
-    return last if last in PARTS else ""
-
-
-def case_of(case: dict) -> str:
-    part = part_of(case)
-    return case["name"].removesuffix(f"-{part}") if part else case["name"]
 
 
 def number(value: float) -> str:
