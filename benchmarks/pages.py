@@ -128,7 +128,8 @@ def main() -> None:
         before = path.read_text()
         if before != (after := page(before)):
             stale.append(path.name)
-            check or path.write_text(after)
+            if not check:
+                path.write_text(after)
     if check and stale:
         sys.exit(f"{', '.join(stale)}: stale; run python -m benchmarks.pages")
 

@@ -116,7 +116,9 @@ class Server:
         return self.log.stat().st_size
 
     def log_from(self, mark: int) -> str:
-        return self.log.read_bytes()[mark:].decode(errors="replace")
+        with self.log.open("rb") as log:
+            log.seek(mark)
+            return log.read().decode(errors="replace")
 
     def prefills(self, mark: int) -> tuple[tuple[int, ...], ...]:
         """Of each prefill batch since then its requests, their new and cached tokens, and how many decode batches were before."""
