@@ -34,7 +34,7 @@ def main(
     short = [Case(k, n, b, SHORT, "bf16") for k in kind for n in draft_steps for b in bs]
     more = [Case(k, 4, b, c, f) for k in kind for b in bs for c in (SHORT, LONG) for f in CACHES] if 4 in draft_steps else []
     path = out or default_path("replay", torch.cuda.get_device_name())
-    results, console = Results(path, record.head("replay", commit or project_commit())), Console(width=150)
+    results, console = Results(path, record.head("replay", commit or project_commit())), Console(width=120)
     run(dict.fromkeys(short + more), CONTEXT, samples, results, Classes(), console)
     console.print(results.table)
     console.print(f"wrote {path}")

@@ -15,7 +15,7 @@ LEAST_ROUNDS = 6  # with fewer no p is below it
 GAIN, LOSS, NONE, FEW = "gain", "loss", "no difference shown", "too few rounds"
 # metric -> what it is, in a table. All but the first two are better when smaller.
 METRICS = {
-    "tokens_per_s": "output tokens per second",
+    "tokens_per_s": "output tokens/s",
     "accept_length": "accepted length",
     "tpot_ms": "time per output token, ms",
     "itl_p50_ms": "inter-token latency p50, ms",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
 import torch
+from rich import box
 from rich.progress import track
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from sglang_nsa_fused.settings import Settings
 
 LARGE = 50_000_000  # bytes moved, more than the L2 cache holds, from which on a share of the copy rate means something
 ROUND = 10  # calls of one side before the other's
+CAPTION = "sglang → plugin, medians; MB: what must move at least; % of copy: of the speed at which as many bytes are copied"
 
 
 class Case(NamedTuple):
@@ -113,10 +115,10 @@ class Results:
 
     def __init__(self, path: Path | None, head: dict):
         self.path, self.head, self.cases = path, head, []
-        self.table = Table(
-            *("refresh", "host us, sglang", "plugin", "GPU us, sglang", "plugin", "launches, sglang", "plugin"),
-            *("syncs, sglang", "plugin", "MB", "% of a copy of these"),
-        )
+        self.table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=CAPTION, caption_justify="left")
+        self.table.add_column("refresh", no_wrap=True)
+        for column in ("host us", "times", "GPU us", "GPU operations", "syncs", "MB", "% of copy"):
+            self.table.add_column(column, justify="right", no_wrap=True)
 
     def add(self, case: Case, found: dict, copy_rate: Callable[[int], float]) -> None:
         """copy_rate: of so many bytes moved -> bytes per microsecond."""
@@ -129,7 +131,9 @@ class Results:
             more |= {"bytes": case.moved_bytes} if metric == "gpu_us" else {}
             more |= {"share_of_copy_rate": round(share, 3)} if share and metric == "gpu_us" else {}
             self.cases.append(record.case(case.name, metric, upstream, ours, len(sides["ours"]), **more))
-            row += [f"{value:.1f}" if metric.endswith("_us") else f"{value:.0f}" for value in (upstream, ours)]
+            row.append(" → ".join(f"{value:.1f}" if metric.endswith("_us") else f"{value:.0f}" for value in (upstream, ours)))
+            if metric == "host_us":
+                row.append(f"{upstream / ours:.1f}")
         self.table.add_row(*row, f"{case.moved_bytes / 1e6:.2f}", f"{share:.0%}" if share else "")
         if self.path:
             record.write(self.path, self.head, cases=self.cases)

@@ -70,7 +70,7 @@ def replay(
     from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
     from sglang_nsa_fused.plugin import Unsupported
 
-    console = Console(width=150, highlight=False)
+    console = Console(width=120, highlight=False)
 
     def fail(finding: object, status: int = 1) -> None:
         console.print(f"FAILED {finding}", markup=False)

@@ -1,9 +1,11 @@
 """What the benchmark of the replays calls, in each release."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from upstream import assert_equal_fields
 
 from sglang_nsa_fused import bare
@@ -47,5 +49,9 @@ def test_results_are_written_as_they_come(tmp_path):
     assert cases["verify-n4-bs64-len131072", "gpu_us"]["share_of_copy_rate"] == 2
     assert "share_of_copy_rate" not in cases["verify-n4-bs1-len131072", "gpu_us"]
     assert cases["verify-n4-bs1-len131072", "syncs"]["ratio"] is None
+    console = Console(width=120, file=io.StringIO())
+    console.print(results.table)
+    last = next(line for line in console.file.getvalue().splitlines() if "bs64" in line)
+    assert last.split() == "verify-n4-bs64-len131072 200.0 → 20.0 10.0 200.0 → 20.0 16 → 1 1 → 0 203.96 200%".split()
     # 131,077 columns read, and written with their pages to five rows
     assert cases["verify-n4-bs1-len131072", "gpu_us"]["bytes"] == 4 * (131077 + 5 * (131077 + 2048))
