@@ -22,7 +22,9 @@ SHOWN = {
         "n4-bs1-len512-bf16", "n4-bs8-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16",
         "n4-bs1-len131072-fp8", "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
     ),
-    "h100-0.5.17": ("n3-bs1-len1000-bf16", "n3-bs8-len1000-bf16", "n5-bs1-len1000-bf16", "n5-bs8-len1000-bf16"),
+    "h100-0.5.17": (
+        "n4-bs1-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16", "n4-bs1-len131072-fp8",
+    ),
 }  # fmt: skip
 
 
