@@ -25,6 +25,9 @@ SHOWN = {
     "h100-0.5.17": (
         "n4-bs1-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16", "n4-bs1-len131072-fp8",
     ),
+    "h100-0.5.17-steps-layers-core": (
+        "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
+    ),
 }  # fmt: skip
 
 
