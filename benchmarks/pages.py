@@ -28,6 +28,8 @@ SHOWN = {
     "h100-0.5.17-steps-layers-core": (
         "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
     ),
+    "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
+    "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
 }  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def gain(of: str) -> str:
 def words(of: Case) -> str:
     """What a server's case is, but for what the README says of all."""
     batch = f"batch {of.batch}, {of.length:,} tokens, {of.draft_steps} draft steps, {of.cache}"
-    return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core
+    return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core + ", in one server" * of.within
 
 
 def estimate(of: str) -> str:
