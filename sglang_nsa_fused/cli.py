@@ -1,7 +1,7 @@
 """Command line: doctor, demo, bench, patch."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -30,9 +30,22 @@ def _sglang_nsa_fused(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Check whether the plugin would be active here; exit status 0 only if it would."""
-    from sglang_nsa_fused.doctor import examine
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    context_length: Annotated[Optional[int], typer.Option(min=1, help="--context-length of a server.")] = None,
+    max_bs: Annotated[Optional[int], typer.Option(min=1, help="Its largest captured batch size.")] = None,
+    draft_tokens: Annotated[Optional[int], typer.Option(min=2, help="--speculative-num-draft-tokens of it.")] = None,
+) -> None:
+    """Check whether the plugin would be active here; exit status 0 only if it would.
+
+    With --context-length, --max-bs and --draft-tokens also: what the page tables of such a server take, without and with it.
+    """
+    server = {"--context-length": context_length, "--max-bs": max_bs, "--draft-tokens": draft_tokens}
+    missing = [option for option, value in server.items() if value is None]
+    if 0 < len(missing) < len(server):
+        raise typer.BadParameter(f"expected all of {', '.join(server)}, or none; {' and '.join(missing)} is missing")
+    from sglang_nsa_fused.doctor import examine, page_tables
+    from sglang_nsa_fused.plugin import Unsupported
 
     findings = []
     console = Console(soft_wrap=True, highlight=False)
@@ -42,8 +55,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
             state = "[green]ok    [/]" if finding.ok else "[red]FAILED[/]"
             console.print(f"{state} {finding.check:<14}", end=" ")
             console.print(finding.detail, markup=False)
+    found = {finding.check: {"ok": finding.ok, "detail": finding.detail} for finding in findings}
+    if not missing:
+        try:
+            held, why = page_tables(context_length, max_bs, draft_tokens), ""
+        except Unsupported as unsupported:
+            held, why = [], str(unsupported)
+        found["page tables"] = {one.runner: {"upstream_bytes": one.upstream, "ours_bytes": one.ours} for one in held} or {"detail": why}
+        if not as_json:
+            console.print(f"page tables of the graphs, GiB on each GPU without → with the plugin{': ' * bool(why)}{why}", markup=False)
+            for one in held:
+                console.print(f"       {one.runner:<14} {one.upstream / 2**30:6.2f} → {one.ours / 2**30:.2f}")
     if as_json:
-        print(json.dumps({finding.check: {"ok": finding.ok, "detail": finding.detail} for finding in findings}, indent=1))
+        print(json.dumps(found, indent=1))
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from sglang_nsa_fused import backends, bare, plugin
+from sglang_nsa_fused import backends, bare, plugin, table_memory
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.record import SIDES
 from sglang_nsa_fused.bench.timing import allocated, copy_rate, gpu_busy_us, host_us_each, launches, syncs
@@ -41,7 +41,7 @@ class Case(NamedTuple):
     @property
     def columns(self) -> int:
         """Of the table of slots, as a server makes it."""
-        return self.width + 4 + self.draft_steps + 1
+        return table_memory.columns(self.width, self.draft_steps + 1)
 
     @property
     def moved_bytes(self) -> int:

@@ -18,8 +18,8 @@ from sglang_nsa_fused.bench.replay import KINDS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", ["bf16", "fp8"])
 def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache):
-    classes, case = Classes(upstream.device), Case(kind, 3, 2, 200, 292, cache)
-    pool = torch.arange(3 * 300, dtype=torch.int32, device=upstream.device).view(3, case.columns)
+    classes, case = Classes(upstream.device), Case(kind, 3, 2, 200, 300, cache)
+    pool = torch.arange(3 * case.columns, dtype=torch.int32, device=upstream.device).view(3, case.columns)
     found = []
     for side in ("upstream", "ours"):
         made = backend_of(classes, side, pool, case)

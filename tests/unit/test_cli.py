@@ -1,9 +1,11 @@
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 import sglang_nsa_fused
+from sglang_nsa_fused import plugin, releases
 from sglang_nsa_fused.cli import app
 from sglang_nsa_fused.settings import ALLOWLIST, GATE
 
@@ -45,6 +47,39 @@ def test_doctor_in_words():
     result = CliRunner().invoke(app, ["doctor"], env={GATE: "1"})
     assert [line.split("  ")[0].split()[0] for line in result.stdout.splitlines()].count("ok") >= len(CHECKS) - 1
     assert len(result.stdout.splitlines()) == len(CHECKS)
+
+
+SERVER = "--context-length", "1048576", "--max-bs", "256", "--draft-tokens", "6"
+
+
+def test_doctor_tells_what_page_tables_take(monkeypatch):
+    monkeypatch.setattr(plugin, "find_release", lambda: (releases.RELEASES[-1], releases.RELEASES[-1].versions[-1]))
+    result = CliRunner().invoke(app, ["doctor", *SERVER], env={GATE: "1"})
+    last = result.stdout.splitlines()[len(CHECKS) :]
+    assert last[0] == "page tables of the graphs, GiB on each GPU without → with the plugin"
+    assert [line.split() for line in last[1:]] == [
+        ["target", "verify", "7.68", "→", "0.09"], ["draft", "steps", "5.12", "→", "0.02"],
+        ["draft", "extend", "7.68", "→", "0.09"], ["sum", "20.48", "→", "0.20"],
+    ]  # fmt: skip
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json", *SERVER], env={GATE: "1"}).stdout)["page tables"]
+    assert found["sum"] == {side: sum(one[side] for name, one in found.items() if name != "sum") for side in found["sum"]}
+
+
+@pytest.mark.parametrize("version", ["0.5.12.post1", "9.9.9"])
+def test_doctor_says_where_page_tables_stay(monkeypatch, version):
+    found = releases.find(version) or releases.newest(version), version
+    monkeypatch.setattr(plugin, "find_release", lambda: found)
+    result = CliRunner().invoke(app, ["doctor", *SERVER], env={GATE: "1"})
+    why = f"they stay as they are: the plugin leaves out the wide ones of sglang 0.5.15 to 0.5.23, this is {version}"
+    assert result.stdout.splitlines()[-1].endswith(why)
+    result = CliRunner().invoke(app, ["doctor", "--json", *SERVER], env={GATE: "1"})
+    assert json.loads(result.stdout)["page tables"] == {"detail": why}
+
+
+def test_doctor_wants_the_whole_server():
+    result = CliRunner().invoke(app, ["doctor", *SERVER[2:]], env={"COLUMNS": "200"})
+    text = "expected all of --context-length, --max-bs, --draft-tokens, or none; --context-length is missing"
+    assert result.exit_code == 2 and text in result.output
 
 
 def test_demo_compares_and_prints_one_table():
