@@ -12,11 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
-port = parser.parse_known_args()[0].port
+parser.add_argument("--mem-fraction-static", type=float, default=0)
+arguments = parser.parse_known_args()[0]
+port, hundredths = arguments.port, round(100 * arguments.mem_fraction_static)
 ON = os.environ.get("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA") == "1"
 SIDE = "on" if ON else "off"
 SAMPLES = os.environ.get("SERVER_PROBE_FILE")
 STEP_TOKENS = 2
+# How much more of the GPU's memory the KV cache takes than there is: by 1 it starts and does not serve.
+over = hundredths - int(os.environ.get(f"FAKE_FITS_{SIDE}", 100))
 answered = 0
 
 
@@ -97,6 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/flush_cache":
             return self.answer(b"", 400 if fake("KEEPS_CACHE") else 200)
         answered += 1
+        if over == 1:
+            say("torch.OutOfMemoryError: CUDA out of memory.")
+            os._exit(9)
         if fake("DIE_LATE") and answered > 6:
             say("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
             os._exit(9)
@@ -130,6 +137,13 @@ say("arguments", sys.argv[1:])
 say("environment", {name: os.environ.get(name) for name in os.environ if name.startswith("SGLANG_")})
 if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
     subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
+if hundredths < int(os.environ.get("FAKE_LEAST", 0)):
+    say("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
+    sys.exit(1)
+if over > 1:
+    say("RuntimeError: Capture cuda graph failed: CUDA out of memory.")
+    sys.exit(1)
+say(f"max_total_num_tokens={1000 * hundredths}, chunked_prefill_size=8192")
 if fake("DIE_EARLY"):
     say("ValueError: boom")
     sys.exit(3)

@@ -31,7 +31,7 @@ PORTS_APART = 1000  # of two servers: data-parallel attention takes some hundred
 REQUEST_SECONDS = 300
 NO_GPU = "no GPU: torch.cuda.is_available() is False; on a CPU there is `sglang-nsa-fused demo`"
 # Not sglang's note that it warms up less "to avoid out of memory".
-OUT_OF_MEMORY = re.compile(r"(?<!avoid )out of memory|OutOfMemoryError|Not enough memory", re.I)
+OUT_OF_MEMORY = re.compile(r"(?<!avoid )out of memory|OutOfMemoryError|Not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 NOT_ACTIVE = re.compile(r"sglang-nsa-fused: not active: .*")
 PLUGIN_FAILED = re.compile(r"Failed to (?:load plugin|execute general plugin|apply hooks).*")  # sglang goes on without it
 PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may follow a progress bar
@@ -77,7 +77,7 @@ class Server:
             if self.process.poll() is not None:
                 raise self.ended()
             with contextlib.suppress(OSError, http.client.HTTPException):  # 503 while it starts
-                urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=30).close()
+                urllib.request.urlopen(f"{self.url}/health", timeout=30).close()
                 self.ready_seconds = round(time.monotonic() - self.started, 1)
                 if found := PLUGIN_FAILED.search(self.log.read_text(errors="replace")):
                     raise Failed(f"{self.name}: sglang did not load a plugin: {found[0]}{self.tail()}")
@@ -92,10 +92,20 @@ class Server:
         why = found[0] if found else f"the server ended with status {self.process.returncode}"
         return Failed(f"{self.name}: {why}{self.tail()}")
 
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def failure(self, error: Exception) -> Failed:
+        """Of a request; a server that died is named as such."""
+        if wait(lambda: self.process.poll() is not None, 10):
+            return self.ended()
+        return Failed(f"{self.name}: a request failed: {said(error)}{self.tail()}")
+
     def post(self, path: str, body: dict, seconds: float = REQUEST_SECONDS):
         """The reply's JSON. Raises Failed."""
         request = urllib.request.Request(
-            f"http://{HOST}:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=seconds) as reply:
@@ -128,6 +138,10 @@ class Server:
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-30:]
         return f"\n--- {self.log}\n" + "\n".join(lines)
+
+
+def said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def flags(release: Release, draft_steps: int, cache: str, graph_bs: int) -> list:
@@ -280,6 +294,7 @@ def check_ports(servers: list[Server]) -> None:
 
 
 def stop(servers: list[Server], memory_before: float) -> None:
+    """memory_before: in use on the GPU before they were started, infinite where nothing waits for it to be given back."""
     started = [server.process for server in servers if server.process]
     with uninterrupted():
         for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
@@ -316,9 +331,9 @@ def wait(condition, seconds: float) -> bool:
     return True
 
 
-def gpu_memory_mib() -> float:
-    """In use on the GPU by all processes; 0 where nvidia-smi is missing."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+def gpu_memory_mib(gpu: str | None = None) -> float:
+    """In use on the GPU by all processes; 0 where nvidia-smi is missing. gpu: its name; None: this process's first."""
+    gpu = gpu or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     try:
         return float(nvidia_smi("-i", gpu, "--query-gpu=memory.used"))
     except (OSError, ValueError, subprocess.SubprocessError):

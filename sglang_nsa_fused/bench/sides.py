@@ -55,13 +55,12 @@ class Attached:
         pass
 
     def failure(self, error: Exception) -> Failed:
-        return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {said(error)}; is it up?")
+        return Failed(f"{LABELS[self.side]}: no answer from {self.url}: {servers.said(error)}; is it up?")
 
 
 class Launched(Probed):
     def __init__(self, side: str, name: str, port: int, setup: "Setup"):
         self.side, self.probed = side, setup.loader
-        self.url = f"http://{servers.HOST}:{port}"
         super().__init__(name, port, list(setup.flags), setup.environment(side), setup.folder, setup.command)
 
     def check(self) -> None:
@@ -73,16 +72,6 @@ class Launched(Probed):
             )
         if self.side == UPSTREAM and lines:
             raise Failed(f"{self.name}: the plugin is active, and must not be: {lines[0]}{self.tail()}")
-
-    def failure(self, error: Exception) -> Failed:
-        """Of a request; a server that died is named as such."""
-        if servers.wait(lambda: self.process.poll() is not None, 10):
-            return self.ended()
-        return Failed(f"{self.name}: a request failed: {said(error)}{self.tail()}")
-
-
-def said(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 @dataclass(frozen=True)
