@@ -31,7 +31,7 @@ def gpu_by_batch(cases: list[tuple[Case, dict]], kind: str, axes) -> None:
     found = [(of, case) for of, case in cases if (of.kind, of.draft_steps, of.cache) == (kind, 4, "")]
     groups: dict[str, list] = {}
     for of, case in found:
-        groups.setdefault(f"{of.length:,} tokens", []).append((of.batch, case))
+        groups.setdefault(f"{of.length:,} tokens" + f", width {of.width:,}" * bool(of.width), []).append((of.batch, case))
     draw(axes, groups, f"GPU time of one refresh: {KINDS[kind]}", "batch", "us", log=True)
 
 

@@ -147,7 +147,7 @@ def attributes(
             "enable_auto_select_prefill_impl": False,
             "num_q_heads": 128,
             "use_mha": False,
-            "_arange_buf": torch.arange(16384, dtype=torch.int32, device=device),
+            "_arange_buf": _arange(device),
         },
         "0.5.9": {"_force_attn_forward_mla": False},
         "0.5.11": {"flashmla_kv_num_q_heads": 128},
@@ -176,6 +176,12 @@ def attributes(
     until = {"_force_attn_forward_mla": "0.5.10", "max_context_len": "0.5.15", "real_page_size": "0.5.22"}
     values = {k: v for first, some in since.items() if base(first) <= base(version) for k, v in some.items()}
     return {k: v for k, v in values.items() if base(version) < base(until.get(k, "999.0.0"))}
+
+
+@functools.lru_cache(None)
+def _arange(device: str) -> torch.Tensor:
+    """One for all backends, so that what a benchmark finds a backend to hold is what it captured. Nobody writes to it."""
+    return torch.arange(16384, dtype=torch.int32, device=device)
 
 
 def _no() -> bool:

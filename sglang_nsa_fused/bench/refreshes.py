@@ -1,5 +1,6 @@
 """The metadata path alone, on upstream's real classes without a model: draft, verify and draft extend, off and on."""
 
+import gc
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,15 @@ from rich.table import Table
 from sglang_nsa_fused import backends, bare, plugin
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.record import SIDES
-from sglang_nsa_fused.bench.replay import KINDS
-from sglang_nsa_fused.bench.timing import copy_rate, gpu_busy_us, host_us_each, launches, syncs
+from sglang_nsa_fused.bench.timing import allocated, copy_rate, gpu_busy_us, host_us_each, launches, syncs
 from sglang_nsa_fused.settings import Settings
 
 LARGE = 50_000_000  # bytes moved, more than the L2 cache holds, from which on a share of the copy rate means something
 ROUND = 10  # calls of one side before the other's
-CAPTION = "sglang → plugin, medians; MB: what must move at least; % of copy: of the speed at which as many bytes are copied"
+CAPTION = (
+    "sglang → plugin, medians; MiB held: of GPU memory, by the captured metadata; MB: what must move at least; % of copy: of the "
+    "speed at which as many bytes are copied"
+)
 
 
 class Case(NamedTuple):
@@ -27,11 +30,18 @@ class Case(NamedTuple):
     draft_steps: int
     bs: int
     length: int
+    width: int  # --context-length of a server
     cache: str  # an fp8 one has FlashMLA's tile metadata
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-n{self.draft_steps}-bs{self.bs}-len{self.length}" + "-flashmla" * (self.cache == "fp8")
+        name = f"{self.kind}-n{self.draft_steps}-bs{self.bs}-len{self.length}-width{self.width}"
+        return name + "-flashmla" * (self.cache == "fp8")
+
+    @property
+    def columns(self) -> int:
+        """Of the table of slots, as a server makes it."""
+        return self.width + 4 + self.draft_steps + 1
 
     @property
     def moved_bytes(self) -> int:
@@ -51,49 +61,57 @@ class Classes:
         fused = backends.subclasses(self.release, plugin.import_backend(self.release), version, Settings(True, True, None))
         self.of = dict(zip(SIDES, (upstream, fused)))
 
-
-def draft(classes: Classes, side: str, pool, case: Case) -> Callable:
-    multi = bare.multi_step_backend(
-        classes.of[side], classes.release, classes.device, pool, case.draft_steps, [case.bs], case.cache == "fp8"
-    )
-    batch = bare.forward_batch(multi, list(range(1, case.bs + 1)), [case.length] * case.bs, case.bs)
-    if classes.release.out_graph:
-        return lambda: multi.init_forward_metadata_out_graph(batch)
-    return lambda: multi.init_forward_metadata_replay_cuda_graph(batch, case.bs)
+    def mode(self, kind: str) -> str | None:
+        """The ForwardMode that this step backend is captured in; None: the release's server has no graph of it."""
+        extend = "DRAFT_EXTEND_V2" if self.release.out_graph and self.release.draft_extend else None
+        return {"verify": "TARGET_VERIFY", "extend": extend}[kind]
 
 
-def graph(classes: Classes, side: str, pool, case: Case, mode: str) -> Callable:
-    more = case.draft_steps + 1, mode, [case.bs], case.cache == "fp8"
-    backend = bare.graph_backend(classes.of[side][0], classes.module, classes.release, classes.device, pool, *more)
-    lengths = [case.length + (case.draft_steps + 1) * (mode != "TARGET_VERIFY")] * case.bs
-    batch = bare.graph_batch(backend, classes.module, mode, list(range(1, case.bs + 1)), lengths, case.bs)
-    if classes.release.out_graph:
+def backend_of(classes: Classes, side: str, pool, case: Case):
+    """The backend, captured where it has a graph. pool: int32 [case.bs + 1, case.columns]."""
+    step, flashmla, release, device = classes.of[side][0], case.cache == "fp8", classes.release, classes.device
+    if case.kind == "draft":
+        return bare.multi_step_backend(classes.of[side], release, device, pool, case.draft_steps, [case.bs], flashmla)
+    if (mode := classes.mode(case.kind)) is None:
+        return bare.step_backend(step, release, device, pool, case.draft_steps + 1, flashmla)
+    more = case.draft_steps + 1, mode, [case.bs], flashmla
+    return bare.graph_backend(step, classes.module, release, device, pool, *more)
+
+
+def refresh_of(classes: Classes, backend, case: Case) -> Callable:
+    """What refreshes the metadata of such a batch."""
+    slots, lengths, out_graph = list(range(1, case.bs + 1)), [case.length] * case.bs, classes.release.out_graph
+    if case.kind == "draft":
+        batch = bare.forward_batch(backend, slots, lengths, case.bs)
+        if out_graph:
+            return lambda: backend.init_forward_metadata_out_graph(batch)
+        return lambda: backend.init_forward_metadata_replay_cuda_graph(batch, case.bs)
+    if case.kind == "extend":
+        lengths = [length + case.draft_steps + 1 for length in lengths]
+    if (mode := classes.mode(case.kind)) is None:
+        batch = bare.draft_extend_batch(backend, classes.module, "DRAFT_EXTEND_V2", slots, lengths)
+        return lambda: backend.init_forward_metadata(batch)
+    batch = bare.graph_batch(backend, classes.module, mode, slots, lengths, case.bs)
+    if out_graph:
         batch = SimpleNamespace(**batch, batch_size=case.bs)
         return lambda: backend.init_forward_metadata_out_graph(batch)
     return lambda: backend.init_forward_metadata_replay_cuda_graph(**batch)
 
 
-def verify(classes: Classes, side: str, pool, case: Case) -> Callable:
-    return graph(classes, side, pool, case, "TARGET_VERIFY")
+def held(classes: Classes, side: str, pool, case: Case) -> tuple[object, int]:
+    """(the captured backend, the GPU memory that it came to)."""
+    small = case._replace(bs=1)
+    backend_of(classes, side, pool[:2], small)  # what a process makes once is there from then on
+    before = allocated()
+    backend = backend_of(classes, side, pool, case)
+    return backend, allocated() - before
 
 
-def extend(classes: Classes, side: str, pool, case: Case) -> Callable:
-    """With a graph where the release's server captures one, else without."""
-    if classes.release.out_graph and classes.release.draft_extend:
-        return graph(classes, side, pool, case, "DRAFT_EXTEND_V2")
-    flashmla, tokens = case.cache == "fp8", case.draft_steps + 1
-    backend = bare.step_backend(classes.of[side][0], classes.release, classes.device, pool, tokens, flashmla)
-    slots, lengths = list(range(1, case.bs + 1)), [case.length + tokens] * case.bs
-    batch = bare.draft_extend_batch(backend, classes.module, "DRAFT_EXTEND_V2", slots, lengths)
-    return lambda: backend.init_forward_metadata(batch)
-
-
-REFRESHES = dict(zip(KINDS, (draft, verify, extend), strict=True))
-
-
-def measure(classes: Classes, pool, case: Case, samples: int) -> dict[str, dict[str, list[float]]]:
+def measure(classes: Classes, case: Case, samples: int) -> dict[str, dict[str, list[float]]]:
     """metric -> side -> samples; the sides in turn."""
-    runs = {side: REFRESHES[case.kind](classes, side, pool, case) for side in SIDES}
+    pool = torch.randint(0, 1 << 24, (case.bs + 1, case.columns), dtype=torch.int32, device="cuda")
+    made = {side: held(classes, side, pool, case) for side in SIDES}
+    runs = {side: refresh_of(classes, backend, case) for side, (backend, _) in made.items()}
     for run in runs.values():
         for _ in range(5):
             run()
@@ -107,7 +125,7 @@ def measure(classes: Classes, pool, case: Case, samples: int) -> dict[str, dict[
     for side, run in runs.items():
         found["launches"][side].append(launches(run))
         found["syncs"][side].append(syncs(run))
-    return found
+    return found | {"table_bytes": {side: [table_bytes] for side, (_, table_bytes) in made.items()}}
 
 
 class Results:
@@ -117,7 +135,7 @@ class Results:
         self.path, self.head, self.cases = path, head, []
         self.table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=CAPTION, caption_justify="left")
         self.table.add_column("refresh", no_wrap=True)
-        for column in ("host us", "times", "GPU us", "GPU operations", "syncs", "MB", "% of copy"):
+        for column in ("host us", "times", "GPU us", "GPU operations", "syncs", "MiB held", "MB", "% of copy"):
             self.table.add_column(column, justify="right", no_wrap=True)
 
     def add(self, case: Case, found: dict, copy_rate: Callable[[int], float]) -> None:
@@ -131,7 +149,7 @@ class Results:
             more |= {"bytes": case.moved_bytes} if metric == "gpu_us" else {}
             more |= {"share_of_copy_rate": round(share, 3)} if share and metric == "gpu_us" else {}
             self.cases.append(record.case(case.name, metric, upstream, ours, len(sides["ours"]), **more))
-            row.append(" → ".join(f"{value:.1f}" if metric.endswith("_us") else f"{value:.0f}" for value in (upstream, ours)))
+            row.append(" → ".join(shown(metric, value) for value in (upstream, ours)))
             if metric == "host_us":
                 row.append(f"{upstream / ours:.1f}")
         self.table.add_row(*row, f"{case.moved_bytes / 1e6:.2f}", f"{share:.0%}" if share else "")
@@ -139,10 +157,15 @@ class Results:
             record.write(self.path, self.head, cases=self.cases)
 
 
-def run(cases: Iterable[Case], width: int, samples: int, results: Results, classes: Classes, console) -> None:
-    """width: columns of the table of slots, and with it of upstream's page tables."""
-    cases = list(cases)
-    rows, columns = max(case.bs for case in cases) + 1, width + 4 + max(case.draft_steps for case in cases) + 1
-    pool = torch.randint(0, 1 << 24, (rows, columns), dtype=torch.int32, device="cuda")
-    for case in track(cases, console=console, transient=True):
-        results.add(case, measure(classes, pool, case, samples), copy_rate)
+def shown(metric: str, value: float) -> str:
+    if metric == "table_bytes":
+        return f"{value / 2**20:.1f}"
+    return f"{value:.1f}" if metric.endswith("_us") else f"{value:.0f}"
+
+
+def run(cases: Iterable[Case], samples: int, results: Results, classes: Classes, console) -> None:
+    for case in track(list(cases), console=console, transient=True):
+        found = measure(classes, case, samples)
+        gc.collect()  # the backends, of which the largest take gigabytes
+        torch.cuda.empty_cache()
+        results.add(case, found, copy_rate)

@@ -1,6 +1,7 @@
 """`sglang-nsa-fused bench replay`: its options, and the way from them to a table."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Annotated, Callable, Iterable
 
@@ -45,18 +46,18 @@ def replay(
     bs: Annotated[list, Option(parser=numbers, help="Batch sizes, as 1,4,16 or 1-64 (doubling).")] = "1-64",
     length: Annotated[list, Option(parser=numbers, help="Tokens of each request.")] = "512,131072",
     cache: Annotated[list, Option(parser=names(CACHES), help="KV caches: bf16, fp8 (with FlashMLA's metadata).")] = "bf16",
-    width: Annotated[int, Option(min=64, help="--context-length of a server.")] = 163_840,
+    width: Annotated[list, Option(parser=numbers, help="--context-length of a server.")] = "163840",
     samples: Annotated[int, Option(min=10, help="Host times of each case and side.")] = 100,
     json: Annotated[Path | None, Option(help="Result file, written after each case.")] = None,
     plot: Annotated[Path | None, Option(help="PNG or SVG: host time by batch.")] = None,
     commit: Annotated[str | None, Option(hidden=True)] = None,
 ) -> None:
-    """Time each refresh of metadata on this GPU and this sglang, plugin off and on, without a model.
+    """Time each refresh of metadata on this GPU and this sglang, plugin off and on, without a model; and the memory it holds.
 
     Exit status 1 where something failed, 130 after Ctrl-C; what was measured is kept.
     """
-    if max(length) + max(draft_steps) + 1 > width:
-        raise typer.BadParameter(f"--length {max(length)} and its draft tokens do not fit --width {width}")
+    if max(length) + max(draft_steps) + 1 > min(width):
+        raise typer.BadParameter(f"--length {max(length)} and its draft tokens do not fit --width {min(width)}")
     if min(draft_steps) < 2:
         raise typer.BadParameter("--draft-steps: with one draft step there is no metadata to replay")
     if max(draft_steps) > 17:
@@ -70,7 +71,7 @@ def replay(
     from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
     from sglang_nsa_fused.plugin import Unsupported
 
-    console = Console(width=120, highlight=False)
+    console = Console(width=150, highlight=False)
 
     def fail(finding: object, status: int = 1) -> None:
         console.print(f"FAILED {finding}", markup=False)
@@ -83,9 +84,9 @@ def replay(
     except Unsupported as error:
         fail(error)
     results = Results(json, record.head("replay", commit))
-    grid = [Case(k, n, b, c, f) for k in kind for n in draft_steps for b in bs for c in length for f in cache]
+    grid = [Case(*one) for one in itertools.product(kind, draft_steps, bs, length, width, cache)]
     try:
-        run(grid, width, samples, results, classes, console)
+        run(grid, samples, results, classes, console)
     except torch.OutOfMemoryError as error:
         fail(f"out of memory: lower --bs, --length or --width ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
-"""How the benchmarks time what the host and the GPU do."""
+"""How the benchmarks time what the host and the GPU do, and count the memory that is held."""
 
+import gc
 import statistics
 import time
 import warnings
@@ -76,3 +77,10 @@ def syncs(run: Callable) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def allocated() -> int:
+    """Bytes of GPU memory that torch's allocator has given out and that are still in use."""
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()

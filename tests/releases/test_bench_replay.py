@@ -1,5 +1,6 @@
 """What the benchmark of the replays calls, in each release."""
 
+import gc
 import io
 import json
 
@@ -9,29 +10,68 @@ from rich.console import Console
 from upstream import assert_equal_fields
 
 from sglang_nsa_fused import bare
-from sglang_nsa_fused.bench.refreshes import REFRESHES, Case, Classes, Results
+from sglang_nsa_fused.bench import refreshes
+from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, backend_of, held, refresh_of
+from sglang_nsa_fused.bench.replay import KINDS
 
 
-@pytest.mark.parametrize("kind", REFRESHES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", ["bf16", "fp8"])
-def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache, monkeypatch):
-    classes, case = Classes(upstream.device), Case(kind, 3, 2, 200, cache)
-    pool = torch.arange(3 * 300, dtype=torch.int32, device=upstream.device).view(3, 300)
-    made = []
-    for name in ("step_backend", "multi_step_backend"):
-        make = getattr(bare, name)
-        monkeypatch.setattr(bare, name, lambda *args, make=make: made.append(make(*args)) or made[-1])
+def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache):
+    classes, case = Classes(upstream.device), Case(kind, 3, 2, 200, 292, cache)
+    pool = torch.arange(3 * 300, dtype=torch.int32, device=upstream.device).view(3, case.columns)
     found = []
     for side in ("upstream", "ours"):
-        REFRESHES[kind](classes, side, pool, case)()
-        backend = made[-1].attn_backends[-1] if kind == "draft" else made[-1]
-        assert isinstance(made[-1], classes.of[side][kind == "draft"])
+        made = backend_of(classes, side, pool, case)
+        assert isinstance(made, classes.of[side][kind == "draft"])
+        refresh_of(classes, made, case)()
+        backend = made.attn_backends[-1] if kind == "draft" else made
         lengths = {"draft": [200] * 2, "verify": [201, 202, 203, 204] * 2, "extend": [201, 202, 203, 204] * 2}[kind]
         found.append(bare.fields(backend.forward_metadata, torch.tensor(lengths, device=upstream.device)))
     if kind == "draft" and not upstream.release.draft_schedule:
         for fields in found:
             fields.pop("paged_mqa_schedule_metadata")  # upstream leaves it as it was captured
     assert_equal_fields(*found)
+
+
+def live_bytes() -> int:
+    """In place of the allocator of a GPU: the storages of all tensors that there are."""
+    gc.collect()
+    storages = (one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def tables(backend) -> dict[int, int]:
+    """Address -> bytes of the page tables that a captured backend holds."""
+    found = {}
+    for one in getattr(backend, "attn_backends", [backend]):
+        buffers = [one.decode_cuda_graph_metadata.get("page_table"), one.decode_cuda_graph_metadata.get("real_page_table")]
+        for metadata in (value for bs, value in one.decode_cuda_graph_metadata.items() if isinstance(bs, int)):
+            buffers += [metadata.page_table_1, metadata.real_page_table]
+        for storage in (table.untyped_storage() for table in buffers if table is not None):
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of objects of torch that are looked at
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_held_are_those_of_the_tables_and_little_else(upstream, deep_gemm, kind, monkeypatch):
+    if upstream.device == "cpu":
+        monkeypatch.setattr(refreshes, "allocated", live_bytes)
+    classes, case = Classes(upstream.device), Case(kind, 3, 8, 200, 50_000, "bf16")
+    pool = torch.zeros(9, case.columns, dtype=torch.int32, device=upstream.device)
+    for side in ("upstream", "ours"):
+        backend, table_bytes = held(classes, side, pool, case)
+        if kind == "extend" and classes.mode(kind) is None:
+            assert table_bytes == 0
+            continue
+        most = sum(tables(backend).values())
+        assert most <= table_bytes < most + 32_768 * len(getattr(backend, "attn_backends", [1]))
+        if side == "upstream":
+            assert most > 4 * case.bs * case.width * (2 if kind == "draft" else 4)
+        refresh = refresh_of(classes, backend, case)
+        refresh()
+        del backend, refresh
 
 
 def test_results_are_written_as_they_come(tmp_path):
@@ -41,17 +81,21 @@ def test_results_are_written_as_they_come(tmp_path):
     once = {"upstream": [16], "ours": [1]}
     for bs in (1, 64):
         found = {"host_us": timed, "gpu_us": timed, "launches": once, "syncs": {"upstream": [1], "ours": [0]}}
-        results.add(Case("verify", 4, bs, 131072, "bf16"), found, lambda moved: moved / 40)
+        found["table_bytes"] = {"upstream": [3 << 20], "ours": [1 << 19]}
+        results.add(Case("verify", 4, bs, 131072, 163840, "bf16"), found, lambda moved: moved / 40)
         assert len(json.loads(path.read_text())["cases"]) == len(results.cases)
     cases = {(case["name"], case["metric"]): case for case in json.loads(path.read_text())["cases"]}
-    host = cases["verify-n4-bs64-len131072", "host_us"]
+    host = cases["verify-n4-bs64-len131072-width163840", "host_us"]
     assert (host["upstream"], host["ours"], host["ratio"], host["spread"]["ours"]) == (200, 20, 10, [12, 28])
-    assert cases["verify-n4-bs64-len131072", "gpu_us"]["share_of_copy_rate"] == 2
-    assert "share_of_copy_rate" not in cases["verify-n4-bs1-len131072", "gpu_us"]
-    assert cases["verify-n4-bs1-len131072", "syncs"]["ratio"] is None
-    console = Console(width=120, file=io.StringIO())
+    assert cases["verify-n4-bs64-len131072-width163840", "gpu_us"]["share_of_copy_rate"] == 2
+    assert "share_of_copy_rate" not in cases["verify-n4-bs1-len131072-width163840", "gpu_us"]
+    assert cases["verify-n4-bs1-len131072-width163840", "syncs"]["ratio"] is None
+    held = cases["verify-n4-bs64-len131072-width163840", "table_bytes"]
+    assert (held["upstream"], held["ours"], held["ratio"]) == (3 << 20, 1 << 19, 6)
+    console = Console(width=150, file=io.StringIO())
     console.print(results.table)
     last = next(line for line in console.file.getvalue().splitlines() if "bs64" in line)
-    assert last.split() == "verify-n4-bs64-len131072 200.0 → 20.0 10.0 200.0 → 20.0 16 → 1 1 → 0 203.96 200%".split()
+    row = "verify-n4-bs64-len131072-width163840 200.0 → 20.0 10.0 200.0 → 20.0 16 → 1 1 → 0 3.0 → 0.5 203.96 200%"
+    assert last.split() == row.split()
     # 131,077 columns read, and written with their pages to five rows
-    assert cases["verify-n4-bs1-len131072", "gpu_us"]["bytes"] == 4 * (131077 + 5 * (131077 + 2048))
+    assert cases["verify-n4-bs1-len131072-width163840", "gpu_us"]["bytes"] == 4 * (131077 + 5 * (131077 + 2048))

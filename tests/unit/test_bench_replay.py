@@ -25,6 +25,8 @@ def test_numbers(text, expected):
         (("--kind", "draft,decode"), "expected some of draft,verify,extend, got 'decode'"),
         (("--cache", "int4"), "expected some of bf16,fp8, got 'int4'"),
         (("--length", "163840"), "--length 163840 and its draft tokens do not fit --width 163840"),
+        (("--width", "1048576,1024,163840", "--length", "512,1020"), "--length 1020 and its draft tokens do not fit --width 1024"),
+        (("--width", "wide"), "expected numbers as in 1,4,16 or 1-64 (doubling), got 'wide'"),
         (("--draft-steps", "1"), "with one draft step there is no metadata to replay"),
     ],
 )

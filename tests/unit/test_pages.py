@@ -25,6 +25,16 @@ def test_servers_that_differ_in_a_flag_alone_come_one_after_the_other():
     assert sorted(reversed(names), key=parse) == names
 
 
+def test_names_of_refreshes_old_and_new():
+    from benchmarks.cases import parse
+
+    old, new = parse("verify-n4-bs64-len131072-flashmla"), parse("verify-n4-bs64-len131072-width163840-flashmla")
+    assert (old.kind, old.draft_steps, old.batch, old.length, old.cache, old.width) == ("verify", 4, 64, 131072, "flashmla", 0)
+    assert new == old.but(width=163840)
+    names = [f"draft-n4-bs{bs}-len{length}-width{width}" for width in (163840, 1048576) for length in (512, 131072) for bs in (1, 64)]
+    assert sorted(reversed(names), key=parse) == names
+
+
 def test_a_name_that_no_benchmark_gives_is_refused():
     from benchmarks.cases import parse
 
