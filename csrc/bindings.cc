@@ -108,10 +108,11 @@ struct Generate {
   GeneratePlan plan;
   DLDevice device;
   int64_t live_cols;
+  bool wide;
   int num_sms = 1;
 
   explicit Generate(GeneratePlan made, DLDevice device)
-      : plan(std::move(made)), device(device), live_cols(plan.live_cols()) {
+      : plan(std::move(made)), device(device), live_cols(plan.live_cols()), wide(plan.is_wide()) {
 #ifdef NSA_FUSED_CUDA_ARCHS
     if (device.device_type == kDLCUDA)
       TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.device_id));
@@ -140,10 +141,9 @@ struct Generate {
   void launch(const Batch& batch) const {
     GenerateParams<kCapacity> params;
     plan.pack(batch, &params);
-    params.table_blocks = table_blocks_for(batch.bs, live_cols, num_sms);
     ffi::CUDADeviceGuard guard(device.device_id);
     const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, stream));
+    TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, wide, live_cols, num_sms, stream));
   }
 #endif
 };

@@ -45,7 +45,7 @@ struct GenerateParams {
   int32_t segment_len;  // tokens that DeepGEMM schedules as one
   bool extra_last;      // the SMs with one segment more are the last ones, as from DeepGEMM 0.1.4 on, not the first
   int32_t num_sms;      // that it schedules for
-  int32_t table_blocks;
+  int32_t table_blocks, table_slices;
   TopkBuckets topk_buckets;  // of kTopkPlan; size 0: there is none
   Constant num_splits, tile_metadata;
   GenerateDst dst[kCapacity];

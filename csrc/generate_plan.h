@@ -2,6 +2,7 @@
 // each replay. No binding's types.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "checks.h"
@@ -107,6 +108,11 @@ class GeneratePlan {
       if (w.f == kRealPageTable) dst.page_pitch = w.view.pitch, dst.page_cols = w.view.cols;
       if (w.f == kSchedule) p->num_sms = static_cast<int32_t>(w.view.cols / 2 - 1);
     }
+  }
+
+  // Whether a table has one column for each token.
+  bool is_wide() const {
+    return std::any_of(written_.begin(), written_.end(), [](const Written::Tensor& w) { return w.f == kPageTable1; });
   }
 
   // Columns that a table may have live, 0 without a table.

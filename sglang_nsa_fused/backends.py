@@ -12,7 +12,7 @@ from typing import Callable, Optional
 
 import torch
 
-from sglang_nsa_fused import __version__, reference, sharing
+from sglang_nsa_fused import __version__, buffers, reference
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.kernels import Engine, select
 from sglang_nsa_fused.planners import Planners
@@ -24,6 +24,7 @@ from sglang_nsa_fused.verify import verified
 logger = logging.getLogger("sglang_nsa_fused")
 
 # What upstream's objects that do not fit raise, and planners that cannot be compared.
+RUNNERS = {reference.TARGET_VERIFY: "target verify", reference.DRAFT_EXTEND: "draft extend"}
 NOT_CAPTURABLE = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
 
@@ -33,6 +34,8 @@ class Hooks:
     def __init__(self, release: Release, module: ModuleType, version: str, settings: Settings):
         self.release, self.module = release, module
         self._version, self._settings = version, settings
+        self._upstream = getattr(module, release.backend)
+        self._not_allocated: dict[tuple, int] = {}  # (runner, the backend's id) -> bytes
         self.decided = functools.lru_cache(None)(self._decided)
 
     def _decided(self, device_type: str) -> tuple[Engine, Planners]:
@@ -58,12 +61,55 @@ class Hooks:
         """Whether the index pools keys: more metadata follows, which is upstream's alone."""
         return self.release.kpool is not None and getattr(backend, self.release.kpool) > 1
 
+    @functools.cached_property
+    def _may_drop_wide_table(self) -> bool:
+        flag, draft_tokens = self.release.drop_wide_table, self.release.draft_tokens
+        if flag is None or self._settings.keep_wide_table:
+            return False
+        if buffers.drop_terms(self._upstream, flag, draft_tokens):
+            return True
+        logger.warning("sglang-nsa-fused: the wide page tables stay: sglang sets %s in a way that is not known here", flag)
+        return False
+
+    def speculates(self, backend) -> bool:
+        return bool(getattr(backend, self.release.draft_tokens))
+
+    def without_wide_table(self, backend) -> contextlib.AbstractContextManager:
+        """Inside, upstream's init_cuda_graph_state allocates no wide page table where its own condition holds apart from
+        speculation, and where our launch, which needs none, stands for its precomputation."""
+        engine, _ = self.decisions(backend)
+        ours = engine.generate_plan is not None and self.speculates(backend) and not self.is_pooled(backend)
+        drops = ours and self._may_drop_wide_table
+        return buffers.hidden(backend, self.release.draft_tokens) if drops else contextlib.nullcontext()
+
+    def has_wide_table(self, backend) -> bool:
+        return not (self.release.drop_wide_table and getattr(backend, self.release.drop_wide_table))
+
+    def spared(self, backend, max_rows: int) -> int:
+        """Bytes of the wide page table that this backend, with graphs of so many rows, does not have."""
+        if self.has_wide_table(backend) or not self.speculates(backend):
+            return 0
+        return buffers.not_allocated(backend, getattr(backend, self.release.req_to_token), max_rows)
+
+    def say_not_allocated(self, runner: str, backend, size: int) -> None:
+        """Once for each runner, with what was said before."""
+        before = self._not_allocated.get((runner, id(backend)))
+        if not size or before == size:
+            return
+        self._not_allocated[runner, id(backend)] = size
+        sums: dict[str, int] = {}
+        for (name, _), count in self._not_allocated.items():
+            sums[name] = sums.get(name, 0) + count
+        each = ", ".join(f"{name} {count / 2**30:.3f} GiB" for name, count in sums.items())
+        logger.info("sglang-nsa-fused: not allocated: %s; %.3f GiB in all", each, sum(sums.values()) / 2**30)
+
     def capture(self, mode: Optional[int], backends: list, bs: int) -> Optional[Replay]:
         """None where this batch size keeps upstream's replay."""
-        metadata = backends[0].decode_cuda_graph_metadata[bs]
         extends = mode == reference.DRAFT_EXTEND
-        # Without speculation upstream drops the wide table and writes the other with one kernel of its own.
-        if mode is None or (extends and not self.release.draft_extend) or metadata.page_table_1 is None:
+        if mode is None or (extends and not self.release.draft_extend):
+            return None
+        # Without speculation upstream drops the wide table by itself and writes the other with one kernel of its own.
+        if not self.has_wide_table(backends[0]) and not self.speculates(backends[0]):
             return None
         if self.is_pooled(backends[0]):
             self.refuse("an index with pooled keys keeps upstream's replays")
@@ -115,12 +161,16 @@ class StepBackend:
     _draft_extend: Optional[Callable] = None  # made at the first one
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
-        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        with self._hooks.without_wide_table(self):
+            super().init_cuda_graph_state(max_bs, max_num_tokens)
         self._replays = {}
-        self._hooks.decisions(self)
+        self._spared = self._hooks.spared(self, max_num_tokens)
 
     def _captured(self, bs: int, forward_mode) -> None:
-        self._replays[bs] = self._hooks.capture(mode_of(forward_mode), [self], bs)
+        mode = mode_of(forward_mode)
+        self._replays[bs] = self._hooks.capture(mode, [self], bs)
+        if mode in RUNNERS:  # draft steps are said by the multi-step backend
+            self._hooks.say_not_allocated(RUNNERS[mode], self, self._spared)
 
     def init_forward_metadata_replay_cuda_graph_from_precomputed(self, bs, precomputed, forward_mode):
         replay = captured(self._replays, bs)
@@ -151,9 +201,10 @@ class MultiStepBackend:
         self._replays = {}
         first, *others = self.attn_backends
         pooled = self._hooks.is_pooled(first)
-        self._share = bool(others) and not pooled and sharing.steps_are_alike(self.attn_backends)
+        self._share = bool(others) and not pooled and buffers.steps_are_alike(self.attn_backends)
         if not self._share:
-            return super().init_cuda_graph_state(max_bs, max_num_tokens)
+            super().init_cuda_graph_state(max_bs, max_num_tokens)
+            return self._hooks.say_not_allocated("draft steps", self, sum(b._spared for b in self.attn_backends))
         before = dict(vars(first))
         with self._first_step_alone():
             super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -161,11 +212,8 @@ class MultiStepBackend:
         made = {name: value for name, value in vars(first).items() if name not in before or value is not before[name]}
         for backend in others:
             vars(backend).update(made)
-        saved = len(others) * sharing.buffer_bytes(first.decode_cuda_graph_metadata)
-        logger.info(
-            "sglang-nsa-fused: %d draft steps share one set of buffers, %.1f MiB are not allocated",
-            *(len(self.attn_backends), saved / 2**20),
-        )
+        shared = len(others) * buffers.buffer_bytes(first.decode_cuda_graph_metadata)
+        self._hooks.say_not_allocated("draft steps", self, shared + len(self.attn_backends) * first._spared)
 
     @contextlib.contextmanager
     def _first_step_alone(self):
@@ -191,7 +239,8 @@ class MultiStepBackend:
     def _replay(self, upstream: Callable[[], None], forward_batch, bs: int) -> None:
         replay = captured(self._replays, bs)
         if replay is None:
-            return upstream()
+            has_wide_table = self._hooks.has_wide_table(self.attn_backends[0])
+            return upstream() if has_wide_table else self._replay_each_step(forward_batch, bs)
         if replay.generates:
             return replay.generate(forward_batch.seq_lens, forward_batch.req_pool_indices, None, bs)
         spec_info = dict(spec_info=forward_batch.spec_info) if self._hooks.release.spec_info else {}
@@ -204,6 +253,19 @@ class MultiStepBackend:
             **spec_info,
         )
         replay.copy(bs, precomputed)
+
+
+    def _replay_each_step(self, forward_batch, bs: int) -> None:
+        """Upstream's precomputation for all steps needs a wide page table; a step's own replay does not."""
+        for backend in self.attn_backends:
+            backend._apply_cuda_graph_metadata(
+                bs=bs,
+                req_pool_indices=forward_batch.req_pool_indices,
+                seq_lens=forward_batch.seq_lens,
+                seq_lens_cpu=forward_batch.seq_lens_cpu,
+                forward_mode=self._hooks.module.ForwardMode.DECODE,
+                spec_info=forward_batch.spec_info,
+            )
 
 
 def subclasses(release: Release, module: ModuleType, version: str, settings: Settings) -> tuple[type, type]:

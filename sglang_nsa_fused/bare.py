@@ -281,3 +281,11 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         # Columns 5 to 7 are padding that FlashMLA's planner leaves as the allocator had it.
         found["flashmla_metadata"] = metadata.flashmla_metadata.flashmla_metadata[:, :5].clone()
     return found
+
+
+def both_fields(upstreams, ours, lengths: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`fields` of two sides, without the wide page table where ours has none."""
+    expected, found = fields(upstreams, lengths), fields(ours, lengths)
+    if ours.page_table_1 is None:
+        expected.pop("page_table_1", None)
+    return expected, found

@@ -179,7 +179,7 @@ def _compare(off: Callable, on: Callable, device: str) -> tuple[int, list[str]]:
     differing, count = [], 0
     for number, ((left, live, stale), (right, *_)) in enumerate(zip(off(), on())):
         live = torch.tensor(live, device=device)
-        expected, found = (bare.fields(metadata, live) for metadata in (left, right))
+        expected, found = bare.both_fields(left, right, live)
         for name in stale:
             expected.pop(name, None)
         count += len(expected)

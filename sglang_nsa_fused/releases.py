@@ -25,6 +25,8 @@ class Release:
     topk_v2_plan: str | None  # its attribute with the top-k plan, made and refreshed by the backend's next methods
     build_topk_v2_plan: str | None
     refresh_topk_v2_plan: str | None
+    # The attribute of the backend that says that its graphs have no wide page table; None: they always have.
+    drop_wide_table: str | None
     # Functions of the module that give DeepGEMM's functions get_paged_mqa_logits_metadata and get_num_sms, or what stands
     # in for them there; None: DeepGEMM's own.
     schedule_function: str | None
@@ -144,6 +146,7 @@ NSA_0_5_7 = Release(
     topk_v2_plan=None,
     build_topk_v2_plan=None,
     refresh_topk_v2_plan=None,
+    drop_wide_table=None,
     schedule_function=None,
     num_sms=None,
     page_size="real_page_size",
@@ -217,6 +220,7 @@ DSA_0_5_15 = replace(
     topk_v2_plan="topk_v2_plan",
     build_topk_v2_plan="_build_topk_v2_plan",
     refresh_topk_v2_plan="_refresh_topk_v2_plan",
+    drop_wide_table="dsa_drop_wide_page_table",
     signatures=_dsa_signatures(_PRECOMPUTE, "length", _REFRESH),
 )
 _KPOOL = {

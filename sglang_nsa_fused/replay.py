@@ -41,8 +41,9 @@ class Replay:
         self._row_lens = cache_lens if mode == reference.DECODE else expanded
         self._has_schedule = self._metadatas[0].paged_mqa_schedule_metadata is not None
         # Upstream's precomputation knows DeepGEMM's lengths of the draft steps alone, which are its cache lengths.
-        self.copies = mode == reference.DECODE or release.captured_lens_2d is None
-        self.plan = ReplayPlan(mode, destinations, engine)
+        # It needs the wide page table, too.
+        self.copies = (mode == reference.DECODE or release.captured_lens_2d is None) and destinations[0][2] is not None
+        self.plan = ReplayPlan(mode, destinations, engine) if self.copies else None
         self._after: list[Callable[[int], None]] = []  # what the kernel may not write, with the batch size
         if release.topk_v2_plan is not None and getattr(self._metadatas[0], release.topk_v2_plan) is not None:
             self._after.append(self._refresh_topk_v2_plan)

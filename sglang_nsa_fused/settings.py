@@ -8,6 +8,7 @@ GATE = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
 GATE_DSA = "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA"  # its name from sglang 0.5.13 on
 REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
 VERIFY = "SGLANG_NSA_FUSED_VERIFY"
+KEEP_WIDE_TABLE = "SGLANG_NSA_FUSED_KEEP_WIDE_TABLE"
 ALLOWLIST = "SGLANG_PLUGINS"
 EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 EXTERNAL_PACKAGE = "sglang_nsa_fused.external"
@@ -23,6 +24,7 @@ class Settings:
     allowlist: tuple[str, ...] | None  # the only plugins that sglang loads; None: all
     external: bool = False  # sglang's model registry loads the plugin
     verify: bool = False  # each replay is compared with the reference
+    keep_wide_table: bool = False  # for code of the user's that reads page_table_1
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
@@ -34,6 +36,7 @@ class Settings:
             allowlist=names or None,
             external=env.get(EXTERNAL) == EXTERNAL_PACKAGE,
             verify=_flag(env, VERIFY),
+            keep_wide_table=_flag(env, KEEP_WIDE_TABLE),
         )
 
 

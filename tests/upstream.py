@@ -1,11 +1,14 @@
 """Upstream's real classes for the tests, with the plugin off and on."""
 
+import dataclasses
+
 import torch
 
 from sglang_nsa_fused import backends, bare, planners, plugin
 from sglang_nsa_fused.settings import Settings
 
 SETTINGS = Settings(enabled=True, required=False, allowlist=None)
+WIDE = dataclasses.replace(SETTINGS, keep_wide_table=True)
 CAPTURE_BS = [1, 2, 4, 8]
 LONGEST = 3100  # an odd number of pages
 
@@ -34,12 +37,12 @@ class Upstream:
         args = (self.release, self.device, table.to(self.device), draft_steps, CAPTURE_BS, flashmla)
         return bare.multi_step_backend(classes, *args)
 
-    def graphs(self, mode, draft_tokens, flashmla=False):
+    def graphs(self, mode, draft_tokens, flashmla=False, settings=SETTINGS):
         """A step backend captured in this ForwardMode, off and on."""
         width = LONGEST + (draft_tokens or 0) + 1
         table = torch.randperm(17 * width, generator=torch.Generator().manual_seed(0)).to(torch.int32).view(17, width)
         args = (self.module, self.release, self.device, table.to(self.device), draft_tokens, mode, CAPTURE_BS, flashmla)
-        return [bare.graph_backend(cls, *args) for cls in (self.classes[0], self.fused()[0])]
+        return [bare.graph_backend(cls, *args) for cls in (self.classes[0], self.fused(settings)[0])]
 
 
 def batches(count=40):
@@ -70,7 +73,7 @@ def stale_fields(release, draft_steps, number):
 def assert_same_fields(off, on, bs, live):
     release = type(on)._hooks.release
     for number, (left, right) in enumerate(zip(off.attn_backends, on.attn_backends)):
-        expected, found = (bare.fields(backend.decode_cuda_graph_metadata[bs], live) for backend in (left, right))
+        expected, found = bare.both_fields(*(backend.decode_cuda_graph_metadata[bs] for backend in (left, right)), live)
         assert expected.keys() <= found.keys()
         for name in expected.keys() - stale_fields(release, off.speculative_num_steps, number):
             tensor = expected[name]

@@ -13,10 +13,10 @@ void call(const void* kernel, void* params) {
   reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel))(*static_cast<const Params*>(params));
 }
 
-int64_t live_cols(const GenerateParams<kMaxDestinations>& p) {
+int64_t live_cols(const GenerateParams<kMaxDestinations>& p, bool* wide) {
   int64_t cols = 0;
   for (int d = 0; d < p.num_dst; ++d) {
-    if (p.dst[d].field[kPageTable1]) cols = max(cols, p.dst[d].table_cols);
+    if (p.dst[d].field[kPageTable1]) cols = max(cols, p.dst[d].table_cols), *wide = true;
     if (p.dst[d].field[kRealPageTable]) cols = max(cols, p.dst[d].page_cols << p.page_shift);
   }
   return min(cols, p.token_cols);
@@ -31,9 +31,10 @@ void copy_cpu(const CopyParams<kMaxDestinations>& params) {
 
 void generate_cpu(const GenerateParams<kMaxDestinations>& given) {
   GenerateParams<kMaxDestinations> params = given;
-  params.table_blocks = table_blocks_for(params.bs, live_cols(params), kSms);
+  bool wide = false;
+  const int64_t cols = live_cols(params, &wide);
   emulation::block.call = call<GenerateParams<kMaxDestinations>>;
-  launch_generate(params, nullptr);
+  launch_generate(params, wide, cols, kSms, nullptr);
 }
 
 }  // namespace nsa_fused

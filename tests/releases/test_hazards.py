@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from upstream import CAPTURE_BS, assert_equal_fields, assert_same_fields, batches, steps
+from upstream import CAPTURE_BS, WIDE, assert_equal_fields, assert_same_fields, batches, steps
 
 from sglang_nsa_fused import bare
 
@@ -22,7 +22,7 @@ def test_lengths_that_are_the_runners_own(upstream, deep_gemm):
 
 def test_element_0_of_cumulative_lengths(upstream, deep_gemm):
     """It is zero since the capture, and a decode copies all but it."""
-    on = upstream.multi(upstream.fused(), 3)
+    on = upstream.multi(upstream.fused(WIDE), 3)
     backend, release = on.attn_backends[0], upstream.release
     cu_lens, nsa_cu_lens = release.captured[1], release.captured[5]
     metadata = backend.decode_cuda_graph_metadata[4]
@@ -39,14 +39,14 @@ def test_element_0_of_cumulative_lengths(upstream, deep_gemm):
 
 
 def test_pitches_that_no_wide_access_divides(upstream, deep_gemm):
-    off, on = upstream.graphs("TARGET_VERIFY", 4)
+    off, on = upstream.graphs("TARGET_VERIFY", 4, settings=WIDE)
     table, pages = (getattr(on.decode_cuda_graph_metadata[4], name) for name in ("page_table_1", "real_page_table"))
     assert table.stride(0) % 4 and pages.stride(0) % 4
     for slots, lengths, bs in batches(10):
         for backend in (off, on):
             bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, "TARGET_VERIFY", slots, lengths, bs))
         live = torch.tensor([n + i for n in lengths + [1] * (bs - len(lengths)) for i in range(1, 5)], device=upstream.device)
-        assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+        assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
 
 
 @pytest.mark.parametrize("on_host", [None, torch.ones(8, dtype=torch.int32)])

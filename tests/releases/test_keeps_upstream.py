@@ -15,7 +15,7 @@ def replay_both(upstream, off, on, mode, live_rows, count=15):
         for backend in (off, on):
             bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, mode, slots, lengths, bs))
         live = live_rows(lengths + [1] * (bs - len(lengths)))
-        assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+        assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
 
 
 @pytest.mark.parametrize("flashmla", [False, True])
@@ -60,7 +60,7 @@ def test_a_new_batch_size_is_captured_at_its_first_batch(upstream):
         for backend in (off, on):
             bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, "TARGET_VERIFY", [1, 2, 3], lengths, 3))
     live = torch.tensor([n + i for n in lengths for i in range(1, 5)], device=upstream.device)
-    assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+    assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
     assert on._replays[3].generates
 
 

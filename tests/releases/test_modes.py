@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from upstream import CAPTURE_BS, LONGEST, after, assert_equal_fields, batches, stale_fields
+from upstream import CAPTURE_BS, LONGEST, WIDE, after, assert_equal_fields, batches, stale_fields
 
 from sglang_nsa_fused import bare
 from sglang_nsa_fused.draft_extend import DraftExtend
@@ -61,9 +61,8 @@ def test_replays_with_a_graph(upstream, deep_gemm, mode, draft_tokens, flashmla)
         if extend and fixed:
             accepted = [draft_tokens] * len(slots)
         live = row_lengths(upstream, mode, lengths + [1] * pad, accepted + [draft_tokens] * pad, draft_tokens)
-        expected, found = (
-            used_rows(bare.fields(backend.forward_metadata, live), len(live), bs) for backend in (off, on)
-        )
+        both = bare.both_fields(off.forward_metadata, on.forward_metadata, live)
+        expected, found = (used_rows(fields, len(live), bs) for fields in both)
         assert_equal_fields(expected, found)
         assert on.forward_metadata is on.decode_cuda_graph_metadata[bs]
 
@@ -160,7 +159,7 @@ def test_copies_in_each_mode(upstream, deep_gemm, name, flashmla):
     accepted = SimpleNamespace(**{upstream.release.accepted or "": torch.tensor([1, 3, 2, 1], device=device)})
     spec_info = [accepted] if upstream.release.spec_info else []
     found = []
-    for cls in (upstream.classes[0], upstream.fused()[0]):
+    for cls in (upstream.classes[0], upstream.fused(WIDE)[0]):
         backend = bare.step_backend(cls, upstream.release, device, table, draft_tokens, flashmla)
         backend.init_cuda_graph_state(4, 4 * draft_tokens)
         backend.graph_lens = torch.ones(4, dtype=torch.int32, device=device)

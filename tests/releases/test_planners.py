@@ -33,7 +33,7 @@ def replay_both(upstream, off, on, mode, draft_tokens=4):
         for backend in (off, on):
             bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, mode, slots, lengths, bs))
         live = torch.ones(bs * (1 if mode == "DECODE" else draft_tokens), dtype=torch.int64, device=upstream.device)
-        assert_equal_fields(*(bare.fields(backend.forward_metadata, live) for backend in (off, on)))
+        assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
 
 
 @pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from upstream import CAPTURE_BS, assert_same_fields, stale_fields, steps
+from upstream import CAPTURE_BS, WIDE, assert_same_fields, stale_fields, steps
 
 from sglang_nsa_fused import backends, bare, replay
 from sglang_nsa_fused.settings import Settings
@@ -18,7 +18,7 @@ def test_every_field_of_every_backend(upstream, deep_gemm, draft_steps, flashmla
     off, on = upstream.multi(upstream.classes, draft_steps, flashmla), upstream.multi(upstream.fused(), draft_steps, flashmla)
     for bs, live in steps(upstream, off, on):
         for number, (left, right) in enumerate(zip(off.attn_backends, on.attn_backends)):
-            expected, found = (bare.fields(b.decode_cuda_graph_metadata[bs], live) for b in (left, right))
+            expected, found = bare.both_fields(*(b.decode_cuda_graph_metadata[bs] for b in (left, right)), live)
             assert expected.keys() == found.keys()
             # The next test has the oracle of what is stale in upstream.
             for name in expected.keys() - stale_fields(upstream.release, draft_steps, number):
@@ -71,7 +71,7 @@ def test_one_native_call_serves_all_backends(upstream, deep_gemm):
 
 
 def test_a_replay_in_another_mode_than_captured_is_refused(upstream):
-    on = upstream.multi(upstream.fused(), 3)
+    on = upstream.multi(upstream.fused(WIDE), 3)
     precomputed = SimpleNamespace()
     with pytest.raises(ValueError, match="forward_mode: expected that of the capture, 0, got .*TARGET_VERIFY"):
         on.attn_backends[0].init_forward_metadata_replay_cuda_graph_from_precomputed(

@@ -72,6 +72,40 @@ def test_lengths_beyond_the_tables_stay_inside(device, mode):
     make(device, mode, bs=4, longest=5000, width=5000, pool_width=130).run()
 
 
+NARROW = ("page_table_1",)
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bs, longest", [(1, 5000), (3, 300), (63, 3000), (257, 300), (600, 130)])
+def test_pages_without_a_column_for_each_token(device, bs, longest, mode, accepted):
+    make(device, mode, bs, longest, accepted=accepted, num_dst=2, leave_out=NARROW).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", BOUNDARIES)
+def test_pages_at_boundaries(device, length, mode):
+    make(device, mode, bs=5, longest=2100, lengths=[length] * 5, leave_out=NARROW).run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pages_of_a_wide_pool(device, mode):
+    """Short requests, and one as long as the table, of an odd number of pages."""
+    make(device, mode, bs=3, lengths=[5, 163_841, 0], width=163_850, pool_width=163_853, leave_out=NARROW).run()
+    make(device, mode, bs=4, longest=5000, width=130, pool_width=5000, leave_out=NARROW).run()
+    make(device, mode, bs=4, longest=5000, width=5000, pool_width=130, leave_out=NARROW).run()
+
+
+def test_pages_of_more_than_a_million_tokens(device):
+    make(device, bs=2, lengths=[1_100_001, 7], width=1_100_100, leave_out=NARROW).run()
+
+
+def test_pages_beside_a_destination_with_both_tables(device):
+    case = make(device, TARGET_VERIFY, bs=6, num_dst=3, longest=3000)
+    case.destinations[1][2] = None
+    case.run()
+
+
 @pytest.mark.parametrize("num_dst", [2, 3, 7, 16])
 @pytest.mark.parametrize("mode", MODES)
 def test_many_destinations(device, mode, num_dst):
@@ -195,8 +229,12 @@ def test_table_offsets_beyond_32_bits(device, at):
     table = case.destinations[0][at]
     expected = case.expected()[0][at].as_strided(table.shape, table.stride(), table.storage_offset())
     case.destinations[0][at] = far_apart(table)
-    case.plan().generate(*case.batch)
-    assert torch.equal(case.destinations[0][at], expected)
+    for narrow in (False, True) if at == 6 else (False,):
+        if narrow:
+            case.destinations[0][2] = None
+            case.destinations[0][at].fill_(-7)
+        case.plan().generate(*case.batch)
+        assert torch.equal(case.destinations[0][at], expected)
 
 
 def test_pool_offsets_beyond_32_bits(device):
@@ -205,6 +243,10 @@ def test_pool_offsets_beyond_32_bits(device):
     case.values, case.batch = case.values._replace(req_to_token=pool), (case.batch[0], slots, *case.batch[2:])
     expected = case.expected()
     case.values = case.values._replace(req_to_token=far_apart(pool))
+    case.plan().generate(*case.batch)
+    case.check(expected)
+    case.destinations[0][2] = None
+    case.destinations[0][6].fill_(-7)
     case.plan().generate(*case.batch)
     case.check(expected)
 

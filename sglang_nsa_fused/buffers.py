@@ -1,7 +1,12 @@
-"""Whether step backends would build the same metadata, so that one set of buffers serves all."""
+"""What upstream allocates and we do not: buffers of their own for draft steps that are alike, and the wide page table."""
 
+import ast
+import contextlib
 import functools
+import inspect
+import textwrap
 import types
+from typing import Iterator
 
 import torch
 
@@ -70,3 +75,38 @@ def buffer_bytes(buffers: dict) -> int:
             if isinstance(tensor, torch.Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def drop_terms(cls: type, flag: str, draft_tokens: str) -> tuple[str, ...]:
+    """The terms of upstream's condition for a step backend without the wide page table, in order; none where its
+    `init_cuda_graph_state` sets the flag in another way, or asks about speculation beside the one term for it.
+
+    cls: upstream's step backend. flag: the attribute that the method sets. draft_tokens: the one that says speculation.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.init_cuda_graph_state)))
+    except (OSError, TypeError, SyntaxError):  # without a source we cannot know
+        return ()
+    values = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == f"self.{flag}"]
+    if len(values) != 1 or not isinstance(values[0], ast.BoolOp) or not isinstance(values[0].op, ast.And):
+        return ()
+    terms = tuple(map(ast.unparse, values[0].values))
+    asked = sum(isinstance(n, ast.Attribute) and n.attr == draft_tokens for n in ast.walk(tree))
+    return terms if f"not self.{draft_tokens}" in terms and asked == 1 else ()
+
+
+@contextlib.contextmanager
+def hidden(backend, name: str) -> Iterator[None]:
+    """Inside, this attribute is None."""
+    value = getattr(backend, name)
+    setattr(backend, name, None)
+    try:
+        yield
+    finally:
+        setattr(backend, name, value)
+
+
+def not_allocated(backend, req_to_token: torch.Tensor, max_rows: int) -> int:
+    """Bytes that the wide page table of so many rows would take more than the narrow one in its place."""
+    narrow = backend.decode_cuda_graph_metadata["real_page_table"]
+    return (max_rows * req_to_token.shape[1] - narrow.numel()) * narrow.element_size()
