@@ -1,7 +1,7 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
-For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights. They get
-the same greedy requests in turn. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
+For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights, or with
+--starts one at a time, each alone on its GPU, the sides in turn. They get the same greedy requests. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
 decode_step_ms: from one draft to the next), the host time of each refresh of metadata (draft, verify, draft extend), the GPU
 time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be the same.
 
@@ -10,6 +10,7 @@ time of the draft steps' graph, and hashes of the output ids and of the draft to
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -42,11 +43,13 @@ class Configuration:
     layers: int
     one_core: bool
     within: bool  # both sides in one process
+    width: int  # of its servers' context; 0: it is not in the name
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""
         more = f"-layers{self.layers}" * (self.layers != small_model.LAYERS) + "-1core" * self.one_core + "-within" * self.within
-        return f"n{self.draft_steps}-{case}{self.cache}{more}"
+        width = f"width{self.width}-" * (self.width > 0)
+        return f"n{self.draft_steps}-{case}{width}{self.cache}{more}"
 
     @property
     def name(self) -> str:
@@ -198,9 +201,9 @@ def tokens(name: str, runs: Runs, drafts: dict[Server | Side, list]) -> tuple[di
     }, problems
 
 
-def case(name: str, up: list[Server | Side], batch: int, length: int, args) -> tuple[list[dict], list[str]]:
+def case(name: str, runs: Runs, observed_runs: Runs, batch: int) -> tuple[list[dict], list[str]]:
     """The metrics of one case, and what is wrong with it. Raises Failed."""
-    runs, observed_runs = drive(up, batch, length, args)
+    up = list(runs)
     for server in up:
         server.check_log()
     samples = {server: server.samples() for server in up}
@@ -228,19 +231,37 @@ class Results:
 
     def __init__(self, path: Path, head: dict):
         self.path, self.head, self.configurations, self.cases = path, head, {}, {}
-        if not path.exists():
+        self.read()
+
+    def read(self) -> None:
+        """What others have measured."""
+        if not self.path.exists():
             return
-        before = json.loads(path.read_text())
-        if other := {key: before.get(key) for key in head if before.get(key) != head[key]}:
-            here = {key: head[key] for key in other}
-            raise SystemExit(f"{path} holds results of {other}, this run is of {here}; give another --out")
+        before = json.loads(self.path.read_text())
+        if other := {key: before.get(key) for key in self.head if before.get(key) != self.head[key]}:
+            here = {key: self.head[key] for key in other}
+            raise SystemExit(f"{self.path} holds results of {other}, this run is of {here}; give another --out")
+        own = self.cases, self.configurations
+        self.cases, self.configurations = {}, {}
         self.add(before["cases"], *before["configurations"])
+        self.cases |= own[0]
+        self.configurations |= own[1]
 
     def add(self, cases: list[dict], *configurations: dict) -> None:
         self.cases |= {(one["name"], one["metric"]): one for one in cases}
         self.configurations |= {one["name"]: one for one in configurations}
 
     def write(self) -> None:
+        """Beside other processes that write the same file."""
+        folder = os.open(self.path.absolute().parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self.read()
+            self._write()
+        finally:
+            os.close(folder)
+
+    def _write(self) -> None:
         record.write(self.path, self.head, configurations=self.configurations.values(), cases=self.cases.values())
 
     def print(self) -> None:
@@ -280,27 +301,67 @@ def measure(configurations: list[Configuration], results: Results, args, deadlin
     return problems
 
 
+def described(configuration: Configuration, up: list[Server | Side], args) -> dict:
+    """The configuration as the result file has it. up: its servers."""
+    found = {"name": configuration.name, "start": "alone" if args.starts else args.start, "at_once": args.at_once}
+    settings = ("pairs", "starts", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
+    found |= {name: getattr(args, name) for name in settings}
+    found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in up}).items()}}
+    found |= {"plugin": max([server.check_log() for server in up])}
+    console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
+    return found
+
+
+def keep(results: Results, cases: list[dict], wrong: list[str], configuration: dict) -> None:
+    results.add(cases, configuration)
+    results.write()
+    for one in cases:
+        console.print(f"{one['name']}: {one['metric']} upstream {one['upstream']}, ours {one['ours']}")
+    for problem in wrong:
+        console.print(problem)
+
+
+def measure_alone(configuration: Configuration, results: Results, args, deadline: float) -> list[str]:
+    """One server at a time, alone on its GPU: off, on, on, off, ...; what went wrong."""
+    memory_before, longest, up = gpu_memory_mib(), 0.0, []
+    found: dict[tuple[int, int], tuple[Runs, Runs]] = {one: ({}, {}) for one in args.case}
+    for number in range(args.starts):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            began, server = time.monotonic(), Server(side, configuration, number, 0, args)
+            if deadline - began < longest:
+                break
+            try:
+                servers.start([server], min(deadline - began, args.ready_seconds))
+                for batch, length in args.case:
+                    for kept, runs in zip(found[batch, length], drive([server], batch, length, args)):
+                        kept |= runs
+                up.append(server)
+            except Failed as error:
+                return [f"{configuration.name}: {error}"]
+            finally:
+                servers.stop([server], memory_before)
+            longest = max(longest, time.monotonic() - began)
+    if len({server.side for server in up}) < 2:
+        return [f"{configuration.name}: too little time for a start of each side"]
+    configuration_found, problems = described(configuration, up, args), []
+    for (batch, length), (runs, observed_runs) in found.items():
+        cases, wrong = case(configuration.named(f"bs{batch}-len{length}-"), runs, observed_runs, batch)
+        keep(results, cases, wrong, configuration_found)
+        problems += wrong
+    return problems
+
+
 def measure_one(configuration: Configuration, pair: list[Server | Side], results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
-    found = {"name": configuration.name, "start": args.start, "at_once": args.at_once}
-    settings = ("pairs", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
-    found |= {name: getattr(args, name) for name in settings}
-    found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in pair}).items()}}
-    found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": max([server.check_log() for server in pair])}
-    console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
+    found = described(configuration, pair, args) | {"gpu_memory_mib": gpu_memory_mib()}
     for batch, length in args.case:
         name, began = configuration.named(f"bs{batch}-len{length}-"), time.monotonic()
         if deadline - began < longest:
             problems.append(f"{name}: not measured, too little time is left")
             continue
-        cases, wrong = case(name, pair, batch, length, args)
+        cases, wrong = case(name, *drive(pair, batch, length, args), batch)
         longest = max(longest, time.monotonic() - began)
-        results.add(cases, found)
-        results.write()
-        for one in cases:
-            console.print(f"{one['name']}: {one['metric']} upstream {one['upstream']}, ours {one['ours']}")
-        for problem in wrong:
-            console.print(problem)
+        keep(results, cases, wrong, found)
         problems += wrong
     return problems
 
@@ -342,6 +403,7 @@ def parse(argv) -> argparse.Namespace:
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
     add("--site", default="", help="PYTHONPATH entries with sglang and the plugin; empty: the current environment")
     add("--pairs", type=int, default=1, metavar="N", help="pairs of servers of each configuration: two processes differ, too")
+    add("--starts", type=int, default=0, metavar="N", help="instead of pairs: one server at a time, so many of each side, in turn")
     add("--at-once", type=int, default=1, metavar="N", help="configurations whose servers are up at the same time")
     add("--port", type=int, default=30000, help="the first of two for each server")
     add("--context-length", type=int, default=32768)
@@ -359,6 +421,8 @@ def parse(argv) -> argparse.Namespace:
         args.case = list(itertools.product(args.batch, args.len))
     if max(args.len) + args.output_tokens + max(args.draft_steps) >= args.context_length:
         parser.error("--len and --output-tokens do not fit --context-length")
+    if args.starts and (args.within or args.pairs > 1 or args.one_core):
+        parser.error("--starts goes without --within, --pairs and --one-core")
     if min(args.draft_steps) < 2:
         parser.error("--draft-steps: with one draft step there is no metadata to replay")
     args.log_dir = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-server-"))).resolve()
@@ -369,7 +433,7 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
     problems, longest = [], 0.0
     # By cache first: the servers that are up at once then compile much the same kernels.
     configurations = [
-        Configuration(steps, cache, layers, args.one_core, args.within)
+        Configuration(steps, cache, layers, args.one_core, args.within, args.context_length if args.starts else 0)
         for cache, layers, steps in itertools.product(args.cache, args.layers, args.draft_steps)
     ]
     try:
@@ -378,7 +442,10 @@ def measure_all(results: Results, args, deadline: float) -> list[str]:
             if deadline - began < longest:
                 problems += [f"{configuration.name}: not started, too little time is left" for configuration in group]
                 continue
-            problems += measure(group, results, args, deadline)
+            if args.starts:
+                problems += [problem for one in group for problem in measure_alone(one, results, args, deadline)]
+            else:
+                problems += measure(group, results, args, deadline)
             longest = max(longest, time.monotonic() - began)
     except KeyboardInterrupt:
         problems.append("interrupted")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import Configuration, Options, running
+from serving import CONTEXT, Configuration, Options, running
 
 from sglang_nsa_fused.bench import servers
 
@@ -18,6 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--e2e-draft-steps", help=f"--speculative-num-steps of the servers; {DRAFT_STEPS}, on two GPUs 4")
     group.addoption("--e2e-minutes", type=float, default=15, help="of the load under which memory is watched")
     group.addoption("--e2e-requests", type=int, default=200, help="that join and leave")
+    group.addoption("--e2e-context", type=int, help="--context-length of the servers")
     group.addoption("--e2e-port", type=int, default=30000, help="of the server without the plugin; the other's is 1000 higher")
     group.addoption("--e2e-ready-seconds", type=float, default=900, help="until a pair of servers must be ready")
     group.addoption("--e2e-log-dir", type=Path, help="for the servers' logs")
@@ -58,7 +59,8 @@ def options(request) -> Options:
     log_dir = (option(request.config, "log_dir") or Path(tempfile.mkdtemp(prefix="nsa-e2e-"))).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     command = option(request.config, "command") or servers.COMMAND
-    return Options(command, option(request.config, "port", 30000), log_dir, option(request.config, "ready_seconds", 900))
+    port, context = option(request.config, "port", 30000), option(request.config, "context") or CONTEXT
+    return Options(command, port, log_dir, option(request.config, "ready_seconds", 900), context)
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,9 @@ class Server(Probed):
     def __init__(self, side: str, configuration: Configuration, options):
         self.side, folder = side, options.log_dir
         env = servers.environment(side == ON, probe=folder / "probe") | {"SERVER_PROBE_WEIGHTS": "decisive"}
+        env |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # of the small model's 163,840
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
-        flags += servers.size_flags(servers.HERE / "model", CONTEXT, 0.9, 3 * CONTEXT, RUNNING)
+        flags += servers.size_flags(servers.HERE / "model", options.context, 0.9, 3 * CONTEXT, RUNNING)
         flags += ["--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags]
         port = options.port + servers.PORTS_APART * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
@@ -114,6 +115,7 @@ class Options:
     port: int
     log_dir: Path
     ready_seconds: float
+    context: int
 
 
 @contextlib.contextmanager

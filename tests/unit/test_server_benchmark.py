@@ -66,6 +66,28 @@ def test_one_server_is_both_sides(server, run, tmp_path):
     assert cases["n3-bs2-len64-bf16-within", "decode_step_ms"]["ratio"] > 1.5
 
 
+def test_one_server_at_a_time(server, run, tmp_path):
+    status, found = run("--pairs", "1", "--starts", "2", "--context-length", "163840")
+    assert status == 0
+    calls = (tmp_path / "calls").read_text().split()
+    assert [one for one in calls if one.startswith("start")] == ["start-off", "start-on", "start-on", "start-off"]
+    each = 1 + 4 + server.OBSERVED
+    assert calls == [one for side in ("off", "on", "on", "off") for one in [f"start-{side}"] + [side] * each]
+    cases = {(one["name"], one["metric"]): one for one in found["cases"]}
+    steps = cases["n3-bs2-len64-width163840-bf16", "decode_step_ms"]
+    assert steps["samples"] == 2 * 4 * 3 and [len(of) for of in steps["processes"].values()] == [2, 2]
+    assert (found["configurations"][0]["start"], found["configurations"][0]["starts"]) == ("alone", 2)
+
+
+def test_another_process_writes_the_same_file(server, tmp_path):
+    head = {"schema": 1, "what": "server"}
+    one, other = (server.Results(tmp_path / "both.json", head) for _ in range(2))
+    for results, name in ((one, "a"), (other, "b"), (one, "c")):
+        results.add([{"name": name, "metric": "step_ms"}], {"name": name})
+        results.write()
+    assert [case["name"] for case in json.loads((tmp_path / "both.json").read_text())["cases"]] == ["a", "b", "c"]
+
+
 def test_other_drafts_of_the_same_output_fail(run, capsys):
     status, found = run(DRAFTS="on")
     assert status == 1 and "the draft tokens differ in 8 of 8 and 8 rows" in capsys.readouterr().out
