@@ -59,8 +59,8 @@ def doctor(
     if not missing:
         try:
             held, why = page_tables(context_length, max_bs, draft_tokens), ""
-        except Unsupported as unsupported:
-            held, why = [], str(unsupported)
+        except (Unsupported, ValueError) as error:
+            held, why = [], str(error)
         found["page tables"] = {one.runner: {"upstream_bytes": one.upstream, "ours_bytes": one.ours} for one in held} or {"detail": why}
         if not as_json:
             console.print(f"page tables of the graphs, GiB on each GPU without → with the plugin{': ' * bool(why)}{why}", markup=False)

@@ -5,11 +5,10 @@ from importlib import metadata
 from typing import Callable, Iterator, NamedTuple
 
 from sglang_nsa_fused import bare, kernels, patch, plugin, releases, table_memory
-from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, Settings
+from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, KEEP_WIDE_TABLE, Settings
 
-# The releases whose wide page tables nobody reads: those that plan their top-k.
 _WITHOUT = "sglang {} to {}".format(
-    *(next(one.versions[0] for one in releases.RELEASES if one.topk_v2_plan), releases.RELEASES[-1].versions[-1])
+    *(next(one.versions[0] for one in releases.RELEASES if one.drop_wide_table), releases.RELEASES[-1].versions[-1])
 )
 GROUP, NAME = "sglang.srt.plugins", "nsa_fused"
 
@@ -27,11 +26,13 @@ def examine() -> Iterator[Finding]:
 
 
 def page_tables(context_length: int, max_bs: int, draft_tokens: int) -> list[table_memory.Held]:
-    """What the graphs of a server of the installed sglang would hold. Raises plugin.Unsupported where the plugin leaves the
-    tables as they are."""
+    """What the graphs of a server of the installed sglang would hold. Raises plugin.Unsupported where the tables stay as they
+    are."""
     release, version = plugin.find_release()
-    if release.topk_v2_plan is None or releases.find(version) is None:
+    if release.drop_wide_table is None or releases.find(version) is None:
         raise plugin.Unsupported(f"they stay as they are: the plugin leaves out the wide ones of {_WITHOUT}, this is {version}")
+    if Settings.from_env().keep_wide_table:
+        raise plugin.Unsupported(f"they stay as they are: {KEEP_WIDE_TABLE} is set")
     held = table_memory.tables(context_length, max_bs, draft_tokens)
     return [*held, table_memory.total(held)]
 

@@ -11,17 +11,6 @@ from sglang_nsa_fused import bare, doctor, plugin, table_memory
 CONTEXT, MAX_BS, TOKENS = 1000, 12, 4  # an odd number of pages
 
 
-def without_wide_tables(cls: type) -> type:
-    """As the plugin has it: upstream's own condition, which is false with speculation alone, decides."""
-
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
-        tokens, self.speculative_num_draft_tokens = self.speculative_num_draft_tokens, None
-        cls.init_cuda_graph_state(self, max_bs, max_num_tokens)
-        self.speculative_num_draft_tokens = tokens
-
-    return type(cls.__name__, (cls,), {"init_cuda_graph_state": init_cuda_graph_state})
-
-
 def table_bytes(*backends) -> int:
     found = {}
     for backend in backends:
@@ -36,26 +25,22 @@ def table_bytes(*backends) -> int:
 
 def test_bytes_of_tables_are_what_is_allocated(upstream, deep_gemm):
     release, device = upstream.release, upstream.device
-    if release.topk_v2_plan is None:
+    if release.drop_wide_table is None:
         with pytest.raises(plugin.Unsupported, match=f"they stay as they are: .*, this is {upstream.version}"):
             doctor.page_tables(CONTEXT, MAX_BS, TOKENS)
         return
     pool = torch.zeros(MAX_BS + 1, table_memory.columns(CONTEXT, TOKENS), dtype=torch.int32, device=device)
-    sizes, (step, multi_step) = table_memory.capture_sizes(MAX_BS), upstream.classes
-
-    def graphs(cls: type, mode: str):
-        return bare.graph_backend(cls, upstream.module, release, device, pool, TOKENS, mode, sizes)
-
+    sizes = table_memory.capture_sizes(MAX_BS)
     verify, steps, extend, total = doctor.page_tables(CONTEXT, MAX_BS, TOKENS)
-    multi = bare.multi_step_backend((step, multi_step), release, device, pool, TOKENS - 1, sizes)
-    assert verify.upstream == table_bytes(graphs(step, "TARGET_VERIFY"))
-    assert steps.upstream == table_bytes(*multi.attn_backends)
-    assert extend.upstream == table_bytes(graphs(step, "DRAFT_EXTEND_V2"))
-    narrow = without_wide_tables(step)
-    shared = bare.multi_step_backend((narrow, multi_step), release, device, pool, TOKENS - 1, sizes).attn_backends[:1]
-    assert verify.ours == table_bytes(graphs(narrow, "TARGET_VERIFY"))
-    assert steps.ours == table_bytes(*shared)
-    assert extend.ours == table_bytes(graphs(narrow, "DRAFT_EXTEND_V2"))
+    for side, classes in (("upstream", upstream.classes), ("ours", upstream.fused())):
+
+        def graphs(mode: str):
+            return bare.graph_backend(classes[0], upstream.module, release, device, pool, TOKENS, mode, sizes)
+
+        multi = bare.multi_step_backend(classes, release, device, pool, TOKENS - 1, sizes)
+        assert getattr(verify, side) == table_bytes(graphs("TARGET_VERIFY"))
+        assert getattr(steps, side) == table_bytes(*multi.attn_backends)
+        assert getattr(extend, side) == table_bytes(graphs("DRAFT_EXTEND_V2"))
     assert total == ("sum", verify.upstream + steps.upstream + extend.upstream, verify.ours + steps.ours + extend.ours)
 
 
@@ -66,7 +51,7 @@ def test_one_draft_step_has_no_tables_of_its_own():
 
 @pytest.mark.parametrize("max_bs", [1, 9, 64, 256, 300])
 def test_captured_sizes_are_upstreams(upstream, max_bs):
-    if upstream.release.topk_v2_plan is None:
+    if upstream.release.drop_wide_table is None:
         return
     args = SimpleNamespace(disable_cuda_graph_padding=False, speculative_algorithm="EAGLE")
     try:

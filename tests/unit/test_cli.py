@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 import sglang_nsa_fused
 from sglang_nsa_fused import plugin, releases
 from sglang_nsa_fused.cli import app
-from sglang_nsa_fused.settings import ALLOWLIST, GATE
+from sglang_nsa_fused.settings import ALLOWLIST, GATE, KEEP_WIDE_TABLE
 
 CHECKS = [
     "Python", "torch", "tvm-ffi", "sglang", "entry point", "loader", "allowlist", "gate", "library", "GPU", "upstream names",
@@ -74,6 +74,12 @@ def test_doctor_says_where_page_tables_stay(monkeypatch, version):
     assert result.stdout.splitlines()[-1].endswith(why)
     result = CliRunner().invoke(app, ["doctor", "--json", *SERVER], env={GATE: "1"})
     assert json.loads(result.stdout)["page tables"] == {"detail": why}
+
+
+def test_doctor_says_that_page_tables_are_kept(monkeypatch):
+    monkeypatch.setattr(plugin, "find_release", lambda: (releases.RELEASES[-1], releases.RELEASES[-1].versions[-1]))
+    result = CliRunner().invoke(app, ["doctor", *SERVER], env={GATE: "1", KEEP_WIDE_TABLE: "1"})
+    assert result.stdout.splitlines()[-1].endswith("they stay as they are: SGLANG_NSA_FUSED_KEEP_WIDE_TABLE is set")
 
 
 def test_doctor_wants_the_whole_server():
