@@ -18,7 +18,7 @@ from sglang_nsa_fused.bench.replay import KINDS, names, numbers
 from sglang_nsa_fused.bench.servers import NO_GPU
 
 WIDTHS, SHORT, LONG = (163_840, 1_048_576), 512, 131_072  # the contexts of DeepSeek-V3.2 and of GLM-5.2
-MAIN, WIDTH = 4, WIDTHS[0]  # draft steps and width of what is measured with all the rest
+MAIN, FEW, WIDTH = 4, (1, 64), WIDTHS[0]  # draft steps and width of what is measured with all the rest
 
 
 def main(
@@ -31,13 +31,14 @@ def main(
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit(NO_GPU)
-    grid = [Case(k, n, b, SHORT, w, "bf16") for k in kind for n in draft_steps for w in WIDTHS for b in bs]
-    if MAIN in draft_steps:
-        grid += [Case(k, MAIN, b, LONG, w, "bf16") for k in kind for w in WIDTHS for b in bs]
-        grid += [Case(k, MAIN, b, c, WIDTH, "fp8") for k in kind for c in (SHORT, LONG) for b in bs]
+    some = [b for b in bs if b in FEW] or bs
+    grid = [Case(k, MAIN, b, c, w, "bf16") for k in kind for w in WIDTHS for c in (SHORT, LONG) for b in bs]
+    grid += [Case(k, n, b, SHORT, WIDTH, "bf16") for k in kind for n in draft_steps if n != MAIN for b in some]
+    grid += [Case(k, MAIN, b, SHORT, WIDTH, "fp8") for k in kind for b in some]
     path = out or default_path("replay", torch.cuda.get_device_name())
-    results, console = Results(path, record.head("replay", commit or project_commit())), Console(width=150)
-    run(grid, samples, results, Classes(), console)
+    classes, console = Classes(), Console(width=150)
+    results = Results(path, record.head("replay", commit or project_commit()), classes.release.drop_wide_table is None)
+    run(grid, samples, results, classes, console)
     console.print(results.table)
     console.print(f"wrote {path}")
 

@@ -43,7 +43,7 @@ class Configuration:
     layers: int
     one_core: bool
     within: bool  # both sides in one process
-    width: int  # of its servers' context; 0: it is not in the name
+    width: int = 0  # of its servers' context; 0: it is not in the name
 
     def named(self, case: str) -> str:
         """The name of a case of it, or of its own for "": what is not as in most results stands at the end."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from sglang_nsa_fused import backends, bare, plugin, table_memory
 from sglang_nsa_fused.bench import record
 from sglang_nsa_fused.bench.record import SIDES
-from sglang_nsa_fused.bench.timing import allocated, copy_rate, gpu_busy_us, host_us_each, launches, syncs
+from sglang_nsa_fused.bench.timing import allocated, copy_rate, gpu_busy, host_us_each, syncs
 from sglang_nsa_fused.settings import Settings
 
 LARGE = 50_000_000  # bytes moved, more than the L2 cache holds, from which on a share of the copy rate means something
@@ -43,12 +43,13 @@ class Case(NamedTuple):
         """Of the table of slots, as a server makes it."""
         return table_memory.columns(self.width, self.draft_steps + 1)
 
-    @property
-    def moved_bytes(self) -> int:
-        """What must move at least: each request's live columns read once, and written to each of its rows, as are pages."""
+    def moved_bytes(self, wide: bool) -> int:
+        """What must move at least. wide: each request's live columns read once, and written to each of its rows, as are pages;
+        else a sector of 32 bytes of each page read, and the pages written."""
         rows = 1 if self.kind == "draft" else self.draft_steps + 1
         columns = self.length + (0 if self.kind == "draft" else self.draft_steps + 1)
-        return 4 * self.bs * (columns + rows * (columns + columns // 64))
+        pages = -(-columns // 64)
+        return self.bs * (4 * (columns + rows * (columns + pages)) if wide else 32 * pages + 4 * rows * pages)
 
 
 class Classes:
@@ -121,9 +122,9 @@ def measure(classes: Classes, case: Case, samples: int) -> dict[str, dict[str, l
             found["host_us"][side] += host_us_each(runs[side], ROUND)
     for _ in range(3):
         for side, run in runs.items():
-            found["gpu_us"][side].append(gpu_busy_us(run, 10))
+            for metric, value in zip(("gpu_us", "launches"), gpu_busy(run, 10)):
+                found[metric][side].append(value)
     for side, run in runs.items():
-        found["launches"][side].append(launches(run))
         found["syncs"][side].append(syncs(run))
     return found | {"table_bytes": {side: [table_bytes] for side, (_, table_bytes) in made.items()}}
 
@@ -131,8 +132,9 @@ def measure(classes: Classes, case: Case, samples: int) -> dict[str, dict[str, l
 class Results:
     """Cases as they come: for the table, and for a result file that holds them all so far."""
 
-    def __init__(self, path: Path | None, head: dict):
-        self.path, self.head, self.cases = path, head, []
+    def __init__(self, path: Path | None, head: dict, wide: bool = True):
+        """wide: whether the plugin's side has the wide page table, too."""
+        self.path, self.head, self.wide, self.cases = path, head, wide, []
         self.table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=CAPTION, caption_justify="left")
         self.table.add_column("refresh", no_wrap=True)
         for column in ("host us", "times", "GPU us", "GPU operations", "syncs", "MiB held", "MB", "% of copy"):
@@ -140,19 +142,19 @@ class Results:
 
     def add(self, case: Case, found: dict, copy_rate: Callable[[int], float]) -> None:
         """copy_rate: of so many bytes moved -> bytes per microsecond."""
-        large = case.moved_bytes > LARGE
-        share = case.moved_bytes / statistics.median(found["gpu_us"]["ours"]) / copy_rate(case.moved_bytes) if large else None
+        moved = case.moved_bytes(self.wide)
+        share = moved / statistics.median(found["gpu_us"]["ours"]) / copy_rate(moved) if moved > LARGE else None
         row = [case.name]
         for metric, sides in found.items():
             upstream, ours = (statistics.median(sides[side]) for side in SIDES)
             more = {"spread": {side: record.spread(sides[side]) for side in SIDES}} if metric.endswith("_us") else {}
-            more |= {"bytes": case.moved_bytes} if metric == "gpu_us" else {}
+            more |= {"bytes": moved} if metric == "gpu_us" else {}
             more |= {"share_of_copy_rate": round(share, 3)} if share and metric == "gpu_us" else {}
             self.cases.append(record.case(case.name, metric, upstream, ours, len(sides["ours"]), **more))
             row.append(" → ".join(shown(metric, value) for value in (upstream, ours)))
             if metric == "host_us":
                 row.append(f"{upstream / ours:.1f}")
-        self.table.add_row(*row, f"{case.moved_bytes / 1e6:.2f}", f"{share:.0%}" if share else "")
+        self.table.add_row(*row, f"{moved / 1e6:.2f}", f"{share:.0%}" if share else "")
         if self.path:
             record.write(self.path, self.head, cases=self.cases)
 

@@ -83,7 +83,7 @@ def replay(
         classes = Classes()
     except Unsupported as error:
         fail(error)
-    results = Results(json, record.head("replay", commit))
+    results = Results(json, record.head("replay", commit), classes.release.drop_wide_table is None)
     grid = [Case(*one) for one in itertools.product(kind, draft_steps, bs, length, width, cache)]
     try:
         run(grid, samples, results, classes, console)

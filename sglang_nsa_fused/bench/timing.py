@@ -57,13 +57,14 @@ def host_us_each(run: Callable, calls: int) -> list[float]:
     return found
 
 
-def gpu_busy_us(run: Callable, calls: int) -> float:
-    """The durations of all kernels and copies of a call, whatever lies between them."""
+def gpu_busy(run: Callable, calls: int) -> tuple[float, float]:
+    """(microseconds, count) of all kernels and copies of a call, whatever lies between them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-    return sum(e.device_time for e in profile.events() if e.device_type.name == "CUDA") / calls
+    times = [e.device_time for e in profile.events() if e.device_type.name == "CUDA"]
+    return sum(times) / calls, len(times) / calls
 
 
 def syncs(run: Callable) -> int:
