@@ -307,6 +307,9 @@ def described(configuration: Configuration, up: list[Server | Side], args) -> di
     settings = ("pairs", "starts", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
     found |= {name: getattr(args, name) for name in settings}
     found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in up}).items()}}
+    if not configuration.within:
+        tables = by_side({server: sides.table_bytes(server.samples()) for server in up})
+        found |= {"table_bytes": {side: max(of) for side, of in tables.items() if None not in of}}
     found |= {"plugin": max([server.check_log() for server in up])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
     return found
