@@ -107,8 +107,9 @@ def decisive_weights(model, *args, **kwargs) -> None:
             if hasattr(module, "shard_indices"):
                 _decide(module, is_head=name.endswith("head"))
             elif scale := SCALES.get(name.rpartition(".")[2]):
-                # Ranks have the same shards, so what they add up is tp_size times as large.
-                module.weight.mul_(scale / (1 if name.endswith(("q_b_proj", "eh_proj")) else module.tp_size))
+                # Ranks have the same shards, so what they add up is as many times as large.
+                ranks = 1 if name.endswith(("q_b_proj", "eh_proj")) else module.input_size // module.input_size_per_partition
+                module.weight.mul_(scale / ranks)
             if name.endswith("eh_proj"):
                 module.weight[:, : len(module.weight)].fill_diagonal_(1)
             if hasattr(module, "w2_weight"):
