@@ -286,6 +286,9 @@ def measure_one(configuration: Configuration, pair: list[Server | Side], results
     settings = ("pairs", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
     found |= {name: getattr(args, name) for name in settings}
     found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in pair}).items()}}
+    if not configuration.within:
+        tables = by_side({server: sides.table_bytes(server.samples()) for server in pair})
+        found |= {"table_bytes": {side: max(of) for side, of in tables.items() if None not in of}}
     found |= {"gpu_memory_mib": gpu_memory_mib(), "plugin": max([server.check_log() for server in pair])}
     console.print(f"{configuration.name}: ready after {found['seconds_to_ready']} s, {found['plugin']}")
     for batch, length in args.case:

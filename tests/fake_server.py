@@ -153,6 +153,8 @@ if fake("PLUGIN_FAILS"):
     say("[2026-01-01] Failed to load plugin 'server_probe': no such module")
 if fake("FALLBACK"):
     say("Warning: fused metadata copy kernel not available, falling back to loop.")
+for table_bytes in (1 << 20, (3 << 20) - (ON << 20)):
+    sample(table_bytes=table_bytes)
 signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 ThreadingHTTPServer.request_queue_size = 128  # the default of 5 refuses some of many requests at once
 ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -26,6 +26,7 @@ METRICS = {
     "host_us": "refresh, host us",
     "gpu_draft_us": "draft graph, GPU us",
     "peak_mib": "peak memory, MiB",
+    "table_bytes": "tables of the graphs, MiB",
 }
 PARTS = ("", "draft", "verify", "extend")
 BETTER_LARGER = ("tokens_per_s", "accept_length")

@@ -2,7 +2,8 @@
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
 clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host.
-"peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process.
+"peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process; "table_bytes" what its backends
+hold of it for their graphs, page tables first of all.
 
 While a file of that name with ".observe" exists it also appends, at a price: the draft tokens of each step ("drafts"), since
 output ids do not tell wrong draft metadata: the target model corrects it; and with kind "draft graph" the GPU's time for the
@@ -39,6 +40,7 @@ SCALES = {"q_b_proj": 1.6, "o_proj": 0.5, "down_proj": 0.25, "eh_proj": 1}
 _samples = collections.deque()  # its append and popleft need no lock
 _graphs = collections.deque()  # (when, bs, the events before and after)
 _observes = False
+_table_bytes, _in_tables = 0, False
 
 
 def activate() -> None:
@@ -53,12 +55,14 @@ def activate() -> None:
     release, _ = find_release()
     step, multi_step = f"{release.module}.{release.backend}", f"{release.module}.{release.multi_step}"
     around = {f"{step}.init_forward_metadata": eager}
+    around |= {f"{of}.init_cuda_graph_state": tables for of in (step, multi_step)}
     if release.out_graph:
         around |= {f"{multi_step}.init_forward_metadata_out_graph": draft_out_graph}
         around |= {f"{step}.init_forward_metadata_out_graph": out_graph}
     else:
         around |= {f"{multi_step}.init_forward_metadata_replay_cuda_graph": draft_replay}
         around |= {f"{step}.init_forward_metadata_replay_cuda_graph": graph_replay}
+        around |= {f"{of}.init_forward_metadata_capture_cuda_graph": tables for of in (step, multi_step)}
     runner = f"{RUNNER}.EAGLEDraftCudaGraphRunner"
     if hasattr(importlib.import_module(RUNNER).EAGLEDraftCudaGraphRunner, "execute"):
         around |= {f"{runner}._replay_graph": draft_graph, f"{runner}.execute": drafts}
@@ -130,6 +134,22 @@ def _decide(module, is_head: bool) -> None:
     weight.copy_(vocabulary[start : start + len(weight)])
 
 
+def tables(call, *args, **kwargs):
+    """What this adds to the GPU memory in use is held for graphs. A step backend's call within that of all steps counts once."""
+    global _table_bytes, _in_tables
+    if _in_tables:
+        return call(*args, **kwargs)
+    from torch.cuda import memory_allocated
+
+    _in_tables, before = True, memory_allocated()
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _in_tables, _table_bytes = False, _table_bytes + memory_allocated() - before
+        _samples.append({"at": time.perf_counter_ns(), "table_bytes": _table_bytes})
+        _start_writer()
+
+
 def timed(kind: str, bs: int, call, *args, **kwargs):
     start = time.perf_counter_ns()
     result = call(*args, **kwargs)
@@ -163,7 +183,7 @@ def draft_replay(replay, backend, forward_batch, bs):
 
 def draft_out_graph(init, backend, forward_batch, in_capture=False):
     if in_capture:
-        return init(backend, forward_batch, in_capture=True)
+        return tables(init, backend, forward_batch, in_capture=True)
     return refresh("draft", forward_batch.batch_size, init, backend, forward_batch)
 
 
@@ -174,7 +194,7 @@ def graph_replay(replay, backend, bs, *args, **kwargs):
 
 def out_graph(init, backend, forward_batch, in_capture=False):
     if in_capture:
-        return init(backend, forward_batch, in_capture=True)
+        return tables(init, backend, forward_batch, in_capture=True)
     return refresh(kind_of(forward_batch.forward_mode), forward_batch.batch_size, init, backend, forward_batch)
 
 

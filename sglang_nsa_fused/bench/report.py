@@ -14,6 +14,8 @@ from sglang_nsa_fused.bench.servers import Failed, OutOfMemory
 
 WIDTH = 120
 LOG_LINES = 5  # of a server's log, behind an error
+UNITS = {"table_bytes": 2**20}  # that the table shows a metric in
+OF_SERVERS = ("peak_mib", "table_bytes")  # measured once for each server
 STYLES = {GAIN: "green", LOSS: "red"}
 
 console = Console(stderr=True, highlight=False, width=WIDTH, soft_wrap=True)  # for all but the table
@@ -72,7 +74,8 @@ def table(cases: list[dict]) -> Table:
             found.add_row(f"[bold]{case}[/], {one['samples']} round{'s' * (one['samples'] != 1)}")
         part = one["name"].removeprefix(case).removeprefix("-")
         what = f"{part} {METRICS[one['metric']]}".lstrip() + " (+)" * (one["metric"] in BETTER_LARGER)
-        values = [f"{number(one[side])} ({extent(one['spread'][side])})" for side in SIDES]
+        unit = UNITS.get(one["metric"], 1)
+        values = [f"{number(one[side] / unit)} ({extent([value / unit for value in one['spread'][side]])})" for side in SIDES]
         ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f} ({extent(one['ratio_spread'])})"
         p = f"{one['p']:.3f}" if one["p"] >= 0.001 else "<0.001"
         found.add_row(f"  {what}", *values, ratio, p, one["verdict"], style=STYLES.get(one["verdict"], ""))
@@ -96,7 +99,7 @@ def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
         f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of {round(1 / LEVEL)} "
         "rows without any difference one shows such a p by chance."
     ]
-    if any(one["samples"] < LEAST_ROUNDS and one["metric"] != "peak_mib" for one in cases):
+    if any(one["samples"] < LEAST_ROUNDS and one["metric"] not in OF_SERVERS for one in cases):
         found.append(f"Fewer than {LEAST_ROUNDS} rounds cannot show a difference.")
     if same := [name for name, one in same_tokens.items() if one["same"]]:
         found.append(f"The same tokens on both sides: {', '.join(same)}.")

@@ -68,9 +68,10 @@ class Book:
                     of = {side: graph(check, samples[self.target(0, side)], case) for side, check in zip(SIDES, pair)}
                     rounds.append(of)
             found += compare.rows(case.name, rounds, concurrency=case.concurrency, input_tokens=case.length)
-        pairs = [[peak_mib(samples[pair[side]]) for side in SIDES] for pair in self.targets.values() if len(pair) == len(SIDES)]
-        if any(None not in pair for pair in pairs):
-            found.append(compare.row("server", "peak_mib", dict(zip(SIDES, map(list, zip(*pairs))))))
+        for metric, most in {"peak_mib": peak_mib, "table_bytes": sides.table_bytes}.items():
+            pairs = [[most(samples[pair[side]]) for side in SIDES] for pair in self.targets.values() if len(pair) == len(SIDES)]
+            if any(None not in pair for pair in pairs):
+                found.append(compare.row("server", metric, dict(zip(SIDES, map(list, zip(*pairs))))))
         return found
 
     def alike(self, case: Case) -> dict[str, list[tuple]]:

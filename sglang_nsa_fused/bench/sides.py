@@ -121,3 +121,8 @@ def refreshes(samples: list[dict], runs: Iterable, bs: int) -> dict[str, list[fl
             if sample["kind"] in found:
                 found[sample["kind"]].append(sample["ns"] / 1e3)
     return found
+
+
+def table_bytes(samples: list[dict]) -> int | None:
+    """That the graphs hold, of the scheduler process that holds most."""
+    return max((sample["table_bytes"] for sample in samples if "table_bytes" in sample), default=None)

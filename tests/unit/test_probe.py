@@ -60,3 +60,27 @@ def test_draft_layer_sees_the_embedding_and_experts_are_fixed():
     assert torch.equal(found.eh_proj.weight.diagonal(), torch.ones(HIDDEN))
     assert found.eh_proj.weight[:, HIDDEN:].std().item() == pytest.approx((2 * HIDDEN) ** -0.5, rel=0.05)
     assert found.gate.e_score_correction_bias.tolist() == list(range(16))
+
+
+def test_tables_of_a_call_within_another_count_once(monkeypatch):
+    memory = [100]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory[0])
+    monkeypatch.setattr(probe, "_start_writer", lambda: None)
+    monkeypatch.setattr(probe, "_table_bytes", 0)
+    probe._samples.clear()
+
+    def takes(size: int, *within):
+        memory[0] += size
+        for more in within:
+            probe.tables(takes, more)
+        if size == 666:
+            raise RuntimeError("no memory")
+        return "made"
+
+    assert probe.tables(takes, 10, 20, 30) == "made"
+    memory[0] += 5  # of others
+    with pytest.raises(RuntimeError):
+        probe.tables(takes, 666)
+    probe.tables(takes, -6)  # it gives some back
+    assert [probe._samples.popleft()["table_bytes"] for _ in range(3)] == [60, 726, 720]
+    assert not probe._samples
