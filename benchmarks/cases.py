@@ -7,7 +7,8 @@ from sglang_nsa_fused.bench.small_model import LAYERS
 
 NAME = re.compile(
     r"(?:(?P<kind>draft|verify|extend)-)?n(?P<draft_steps>\d+)-bs(?P<batch>\d+)-len(?P<length>\d+)(?:-width(?P<width>\d+))?"
-    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?(?:-(?P<refresh>draft|verify|extend))?"
+    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?"
+    r"(?:-(?P<refresh>draft|verify|extend))?"
 )
 
 

@@ -76,7 +76,7 @@ class Server(servers.Server):
         """Waits until it is up, and sends it one full batch. Raises Failed."""
         servers.wait_ready([self], deadline)
         if bool(lines := self.plugin_lines()) != (self.side == OURS):
-            raise Failed(f"{self.name}: expected the plugin's line in the log with the plugin alone, got {lines}{self.tail()}")
+            raise Failed(f"{self.name}: expected the plugin's line with the plugin alone, got {lines}{self.tail()}")
         draw = random.Random(0)
         prompts = [draw.choices(range(10, args.vocabulary), k=args.input_tokens) for _ in range(args.batch)]
         rounds.answered(self, drive.run(self.url, prompts, args.output_tokens, REQUEST_SECONDS))
@@ -84,7 +84,8 @@ class Server(servers.Server):
 
 def outcome(server: Server, args, deadline: float) -> dict:
     """Of a try. Raises Failed where it fails for another reason than memory."""
-    found = {"side": server.side, "hundredths": server.hundredths, "gpu": server.gpu, "worked": True, "too_low": False, "why": ""}
+    found = {"side": server.side, "hundredths": server.hundredths, "gpu": server.gpu}
+    found |= {"worked": True, "too_low": False, "why": ""}
     try:
         server.serve(args, deadline)
     except Failed:
@@ -93,7 +94,8 @@ def outcome(server: Server, args, deadline: float) -> dict:
             raise
         when = "its first full batch" if server.ready_seconds else "its start"
         too_low = TOO_LOW in log
-        found |= {"worked": False, "too_low": too_low, "why": "no memory for a KV cache" if too_low else f"out of memory in {when}"}
+        why = "no memory for a KV cache" if too_low else f"out of memory in {when}"
+        found |= {"worked": False, "too_low": too_low, "why": why}
     found |= {"pool_tokens": server.pool_tokens, "seconds_to_ready": server.ready_seconds}
     return found | {"gpu_memory_mib": gpu_memory_mib(server.gpu) if found["worked"] else None}
 

@@ -1,4 +1,5 @@
-"""Writes the tables of the README and of docs/performance.md from the committed results, so that no number there is typed.
+"""Writes the tables of the README and of docs/ from the committed results, and from what page tables take, so that no number
+there is typed.
 
     python -m benchmarks.pages [--check]
 """
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.cases import Case, parse
+from benchmarks.kv_cache import MODELS, bytes_per_token
+from sglang_nsa_fused import table_memory
 from sglang_nsa_fused.bench.record import SIDES
+from sglang_nsa_fused.bench.servers import CACHES
 from sglang_nsa_fused.bench.small_model import LAYERS
 
 HERE = Path(__file__).parent
@@ -21,7 +25,7 @@ OF_REFRESHES = {
     "syncs": ("syncs", 0, 1),
     "table_bytes": ("MiB held", 1, 2**20),
 }
-PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md"))
+PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md", "docs/memory.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 FULL_STEPS = (20, 30, 40)  # ms on the GPU, assumed, of a step of a 61-layer model
 # What the README shows of a release's servers.
@@ -130,7 +134,41 @@ def row_of(name: str, saved: float) -> list[str]:
     return [name, f"{saved:.2f}", *(f"{saved / (step + saved):.1%}" for step in FULL_STEPS)]
 
 
-TABLES = {"server": server, "replay": replay, "gain": gain, "estimate": estimate}
+def models(of: str) -> str:
+    """of: the release of sglang that benchmarks.kv_cache is about."""
+    rows = []
+    for model in MODELS:
+        per_token = [f"{bytes_per_token(model, cache):,}" for cache in CACHES]
+        layers = [f"{model.layers} + 1", f"{model.indexers} + 1"]
+        rows.append([model.name, f"{model.context:,}", model.draft_tokens, *layers, *per_token])
+    per_token = [f"bytes of a token, {cache} cache" for cache in CACHES]
+    return rows_of([f"in sglang {of}", "context", "draft tokens", "layers", "with an indexer", *per_token], rows)
+
+
+def memory(of: str) -> str:
+    """By the largest captured batch size. of: batch sizes, as 32,64."""
+    rows = []
+    for model in MODELS:
+        for bs in map(int, of.split(",")):
+            held = table_memory.total(table_memory.tables(model.context, bs, model.draft_tokens))
+            tokens = [int((held.upstream - held.ours) / bytes_per_token(model, cache)) for cache in CACHES]
+            gib = [f"{size / 2**30:.2f}" for size in (held.upstream, held.ours, held.upstream - held.ours)]
+            rows.append([model.name, bs, *gib, *(f"{one // 100 * 100:,}" for one in tokens)])
+    in_tokens = [f"= tokens of {cache} cache" for cache in CACHES]
+    return rows_of(["model", "graphs up to batch", "GiB without", "GiB with", "GiB less", *in_tokens], rows)
+
+
+def fraction(of: str) -> str:
+    results = load("memory", of)
+    found = {one["metric"]: one for one in results["cases"]}
+    shown = {"mem_fraction": ("highest --mem-fraction-static", ".2f"), "pool_tokens": ("tokens of KV cache", ",.0f")}
+    rows = [[label, *(f"{found[metric][side]:{form}}" for side in SIDES)] for metric, (label, form) in shown.items()]
+    return rows_of([results["gpu"], f"sglang {results['sglang']}", "with the plugin"], rows)
+
+
+TABLES = {
+    "server": server, "replay": replay, "gain": gain, "estimate": estimate, "models": models, "memory": memory, "fraction": fraction,
+}  # fmt: skip
 
 
 def page(text: str) -> str:

@@ -61,9 +61,11 @@ def doctor(
             held, why = page_tables(context_length, max_bs, draft_tokens), ""
         except (Unsupported, ValueError) as error:
             held, why = [], str(error)
-        found["page tables"] = {one.runner: {"upstream_bytes": one.upstream, "ours_bytes": one.ours} for one in held} or {"detail": why}
+        sizes = {one.runner: {"upstream_bytes": one.upstream, "ours_bytes": one.ours} for one in held}
+        found["page tables"] = sizes or {"detail": why}
         if not as_json:
-            console.print(f"page tables of the graphs, GiB on each GPU without → with the plugin{': ' * bool(why)}{why}", markup=False)
+            detail = f": {why}" if why else ", GiB on each GPU without → with the plugin"
+            console.print(f"page tables of the graphs{detail}", markup=False)
             for one in held:
                 console.print(f"       {one.runner:<14} {one.upstream / 2**30:6.2f} → {one.ours / 2**30:.2f}")
     if as_json:

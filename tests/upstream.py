@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import gc
+
 import torch
 
 from sglang_nsa_fused import backends, bare, planners, plugin
@@ -84,3 +86,23 @@ def assert_equal_fields(expected, found):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def live_bytes() -> int:
+    """In place of the allocator of a GPU: the storages of all tensors that there are."""
+    gc.collect()
+    storages = (one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def page_tables(backend) -> dict[int, int]:
+    """Address -> bytes of the page tables that a captured backend holds."""
+    found = {}
+    for one in getattr(backend, "attn_backends", [backend]):
+        buffers = one.decode_cuda_graph_metadata
+        tables = [buffers.get("page_table"), buffers.get("real_page_table")]
+        for metadata in (value for bs, value in buffers.items() if isinstance(bs, int)):
+            tables += [metadata.page_table_1, metadata.real_page_table]
+        for storage in (table.untyped_storage() for table in tables if table is not None):
+            found[storage.data_ptr()] = storage.nbytes()
+    return found

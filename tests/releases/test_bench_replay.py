@@ -1,13 +1,12 @@
 """What the benchmark of the replays calls, in each release."""
 
-import gc
 import io
 import json
 
 import pytest
 import torch
 from rich.console import Console
-from upstream import assert_equal_fields
+from upstream import assert_equal_fields, live_bytes, page_tables
 
 from sglang_nsa_fused import bare
 from sglang_nsa_fused.bench import refreshes
@@ -37,25 +36,6 @@ def test_both_sides_refresh_the_same(upstream, deep_gemm, kind, cache):
     assert_equal_fields(*found)
 
 
-def live_bytes() -> int:
-    """In place of the allocator of a GPU: the storages of all tensors that there are."""
-    gc.collect()
-    storages = (one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def tables(backend) -> dict[int, int]:
-    """Address -> bytes of the page tables that a captured backend holds."""
-    found = {}
-    for one in getattr(backend, "attn_backends", [backend]):
-        buffers = [one.decode_cuda_graph_metadata.get("page_table"), one.decode_cuda_graph_metadata.get("real_page_table")]
-        for metadata in (value for bs, value in one.decode_cuda_graph_metadata.items() if isinstance(bs, int)):
-            buffers += [metadata.page_table_1, metadata.real_page_table]
-        for storage in (table.untyped_storage() for table in buffers if table is not None):
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
 @pytest.mark.filterwarnings("ignore")  # of objects of torch that are looked at
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_held_are_those_of_the_tables_and_little_else(upstream, deep_gemm, kind, monkeypatch):
@@ -68,7 +48,7 @@ def test_bytes_held_are_those_of_the_tables_and_little_else(upstream, deep_gemm,
         if kind == "extend" and classes.mode(kind) is None:
             assert table_bytes == 0
             continue
-        most = sum(tables(backend).values())
+        most = sum(page_tables(backend).values())
         assert most <= table_bytes < most + 32_768 * len(getattr(backend, "attn_backends", [1]))
         if side == "upstream":
             assert most > 4 * case.bs * case.width * (2 if kind == "draft" else 4)

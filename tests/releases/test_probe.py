@@ -1,8 +1,10 @@
 """The benchmark's probe reads this release's classes."""
 
+from functools import partialmethod
+
 import pytest
 import torch
-from upstream import assert_equal_fields, assert_same_fields, steps
+from upstream import assert_equal_fields, assert_same_fields, live_bytes, page_tables, steps
 
 from sglang_nsa_fused import bare
 from sglang_nsa_fused.bench import probe
@@ -50,3 +52,29 @@ def test_toggled_backends_refresh_as_upstream_does(upstream, deep_gemm, monkeypa
     for call in (lambda: next(steps(upstream, on, on, count=1)), lambda: verifies(step_on), lambda: extends(step_on)):
         with pytest.raises(Ours):
             call()
+
+
+@pytest.mark.filterwarnings("ignore")  # of objects of torch that are looked at
+@pytest.mark.parametrize("side", ["off", "on"])
+def test_bytes_of_tables_are_counted_once(upstream, deep_gemm, side, monkeypatch):
+    release = upstream.release
+    if upstream.device == "cpu":
+        monkeypatch.setattr(torch.cuda, "memory_allocated", live_bytes)
+    monkeypatch.setattr(probe, "_start_writer", lambda: None)
+    monkeypatch.setattr(probe, "_table_bytes", 0)
+    capture = "init_forward_metadata_out_graph" if release.out_graph else "init_forward_metadata_capture_cuda_graph"
+    around = (probe.out_graph, probe.draft_out_graph) if release.out_graph else (probe.tables, probe.tables)
+    classes = upstream.classes if side == "off" else upstream.fused()
+    for cls, hook in zip(classes, around):
+        for name, call in (("init_cuda_graph_state", probe.tables), (capture, hook)):
+            monkeypatch.setattr(cls, name, partialmethod(of, call, getattr(cls, name)))
+    probe._samples.clear()
+    multi = upstream.multi(classes, 4)
+    counted = probe._samples[-1]["table_bytes"]
+    probe._samples.clear()
+    assert 0 <= counted - sum(page_tables(multi).values()) < 100_000
+
+
+def of(backend, hook, original, *args, **kwargs):
+    """As the hook registry calls it."""
+    return hook(original, backend, *args, **kwargs)

@@ -104,7 +104,7 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
         f"bs{bs}-len64-{kind}" for bs in (1, 2) for kind in ("draft", "verify", "extend")
     }
     for one in cases.values():
-        samples = {"peak_mib": 1, "gpu_draft_us": 3}.get(one["metric"], 6)
+        samples = {"peak_mib": 1, "table_bytes": 1, "gpu_draft_us": 3}.get(one["metric"], 6)
         assert one["samples"] == samples == len(one["rounds"]["upstream"]) == len(one["rounds"]["ours"])
         assert one["ratio"] == pytest.approx(one["upstream"] / one["ours"], rel=1e-2)
     step, accepted = cases["bs1-len64", "step_ms"], cases["bs1-len64", "accept_length"]
@@ -115,6 +115,10 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
     graph = cases["bs2-len64", "gpu_draft_us"]
     assert (graph["upstream"], graph["ours"], graph["verdict"]) == (4000, 3000, "too few rounds")
     assert cases["server", "peak_mib"]["upstream"] == 5120 and cases["server", "peak_mib"]["ours"] == 5121
+
+    tables = cases["server", "table_bytes"]
+    assert (tables["upstream"], tables["ours"], tables["ratio"]) == (3 << 20, 2 << 20, 1.5)
+    assert re.search(r"tables of the graphs, MiB +3\.00 \(3\.00-3\.00\) +2\.00 \(2\.00-2\.00\) +1\.50", result.stdout)
 
     metrics = ("time per output token, ms", "inter-token latency p99, ms", "verify refresh, host us", "peak memory, MiB")
     for text in (*metrics, "no difference shown", "bs2-len64, 6 rounds"):

@@ -67,7 +67,7 @@ def test_one_gpu_has_one_server_at_a_time_and_what_is_too_low_is_no_end(run, tmp
     "fakes, text",
     [
         ({"DIE_EARLY": "on"}, "ours-85: the server ended with status 3"),
-        ({"NO_LINE": "on"}, "ours-85: expected the plugin's line in the log with the plugin alone, got []"),
+        ({"NO_LINE": "on"}, "ours-85: expected the plugin's line with the plugin alone, got []"),
         ({"FITS_off": "70"}, "upstream: no fraction worked"),
         ({}, "ours: --high 0.85 works; give a higher one"),
     ],

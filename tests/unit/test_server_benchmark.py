@@ -51,6 +51,7 @@ def test_each_metric_of_a_case(server, run, tmp_path):
     assert graph["processes"] == {"upstream": [4000, 4000], "ours": [3000, 3000]}
     (configuration,) = found["configurations"]
     assert (configuration["pairs"], configuration["warmup"], set(configuration["seconds_to_ready"])) == (2, 1, set(server.SIDES))
+    assert configuration["table_bytes"] == {"upstream": 3 << 20, "ours": 2 << 20}
     assert (tmp_path / "calls").read_text().split()[4:12] == ["off", "on", "on", "off"] * 2  # warm-up, forth and back
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
 
@@ -64,6 +65,7 @@ def test_one_server_is_both_sides(server, run, tmp_path):
     assert (draft["upstream"], draft["ours"], draft["samples"]) == (402.5, 20, 4 * 4)
     assert graph["upstream"] == graph["ours"] == 3000
     assert cases["n3-bs2-len64-bf16-within", "decode_step_ms"]["ratio"] > 1.5
+    assert "table_bytes" not in found["configurations"][0]  # it has those of one side
 
 
 def test_one_server_at_a_time(server, run, tmp_path):
