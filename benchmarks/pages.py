@@ -42,6 +42,9 @@ SHOWN = {
     ),
     "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
     "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
+    "h200-0.5.23-wide": (
+        "n5-bs8-len512-width1048576-bf16", "n5-bs64-len512-width1048576-bf16", "n5-bs64-len512-width163840-bf16",
+    ),
 }  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def gain(of: str) -> str:
 def words(of: Case) -> str:
     """What a server's case is, but for what the README says of all."""
     batch = f"batch {of.batch}, {of.length:,} tokens, {of.draft_steps} draft steps, {of.cache}"
+    batch += f", context {of.width:,}" * (of.width > 0)
     return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core + ", in one server" * of.within
 
 

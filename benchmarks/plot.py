@@ -11,7 +11,7 @@ from benchmarks.pages import load
 from sglang_nsa_fused.bench.plots import draw, save
 
 DOCS = Path(__file__).parents[1] / "docs"
-RELEASES = ("h100-0.5.12.post1", "h100-0.5.17")
+REPLAYS, SERVERS = ("h100-0.5.12.post1", "h200-0.5.23"), ("h100-0.5.12.post1", "h100-0.5.17")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
@@ -55,11 +55,12 @@ def step_along(cases: list[tuple[Case, dict]], dimension: str):
 
 
 def main(folder: Path = DOCS) -> None:
-    for release in RELEASES:
-        replays, servers = load("replay", release), load("server", release)
-        steps = of_metric(servers, "decode_step_ms") or of_metric(servers, "step_ms")
-        gpu = of_metric(replays, "gpu_us")
+    for release in REPLAYS:
+        gpu = of_metric(replays := load("replay", release), "gpu_us")
         save(replays, folder / f"gpu-{release}.png", *(partial(gpu_by_batch, gpu, kind) for kind in KINDS))
+    for release in SERVERS:
+        servers = load("server", release)
+        steps = of_metric(servers, "decode_step_ms") or of_metric(servers, "step_ms")
         panels = [panel for dimension in DIMENSIONS if (panel := step_along(steps, dimension))]
         save(servers, folder / f"step-{release}.png", *panels)
 

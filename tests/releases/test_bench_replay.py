@@ -81,4 +81,6 @@ def test_results_are_written_as_they_come(tmp_path):
     row = "verify-n4-bs64-len131072-width163840 200.0 → 20.0 10.0 200.0 → 20.0 16 → 1 1 → 0 3.0 → 0.5 203.96 200%"
     assert last.split() == row.split()
     # 131,077 columns read, and written with their pages to five rows
-    assert cases["verify-n4-bs1-len131072-width163840", "gpu_us"]["bytes"] == 4 * (131077 + 5 * (131077 + 2048))
+    assert cases["verify-n4-bs1-len131072-width163840", "gpu_us"]["bytes"] == 4 * (131077 + 5 * (131077 + 2049))
+    narrow = Case("verify", 4, 1, 131072, 163840, "bf16").moved_bytes(wide=False)
+    assert narrow == 2049 * (32 + 5 * 4)  # a sector of each page read, and five rows of pages written
