@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import torch
@@ -111,14 +112,21 @@ def fused_metadata_copy_multi_cuda(*args) -> None:
     library().fused_metadata_copy_multi(*args)
 
 
+def _owner(owned: Sequence) -> SimpleNamespace:
+    """What a native function holds to keep these alive: any object that tvm-ffi takes for none of its own."""
+    return SimpleNamespace(owned=owned)
+
+
 def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
-    copy = library().copy_plan(mode, *(tensor for destination in destinations for tensor in destination))
+    tensors = [tensor for destination in destinations for tensor in destination]
+    copy = library().copy_plan(_owner(tensors), mode, *tensors)
     copy.release_gil = False  # a launch takes less time than handing the lock over
     return copy
 
 
 def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
     generate = library().generate_plan(
+        _owner((values, *map(tuple, destinations))),
         mode,
         *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size),
         *(values.segment_len, values.extra_last, values.row_floor),

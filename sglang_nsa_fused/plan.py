@@ -33,7 +33,8 @@ class ReplayPlan:
     destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
         destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
         [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory;
-        a tensor that several backends share in the same place is written once. Kept alive by the plan.
+        a tensor that several backends share in the same place is written once. These, and the tensors of `values`, are
+        kept alive by `copy` and `generate`.
     engine: what carries it out; None: the best for their device.
     values: what does not change from replay to replay; None: the plan copies.
 

@@ -1,5 +1,7 @@
 """The native generator against the reference, bit for bit, in poisoned buffers."""
 
+import weakref
+
 import pytest
 import torch
 from cases import far_apart
@@ -243,6 +245,18 @@ def test_what_only_the_device_sees(request, slots, extend, text):
         with pytest.raises(ValueError, match=text):
             case.plan().generate(case.batch[0], slots, extend, 3)
         case.check_untouched()
+
+
+def test_the_callable_keeps_alive_what_it_points_to(device):
+    case = make(device, TARGET_VERIFY, num_dst=2)
+    values = case.values
+    tensors = [*sum(case.destinations, []), values.req_to_token, values.num_splits, values.tile_metadata]
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    generate = case.plan().generate
+    del case, values, tensors
+    assert all(tensor() is not None for tensor in alive)
+    del generate
+    assert not any(tensor() is not None for tensor in alive)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
