@@ -3,10 +3,11 @@
 import re
 import subprocess
 
+import generated
 import pytest
 import torch
 
-from sglang_nsa_fused import kernels, reference
+from sglang_nsa_fused import ReplayPlan, kernels, reference
 from sglang_nsa_fused.kernels import library as load_library
 
 
@@ -40,6 +41,16 @@ def no_library(monkeypatch):
 def test_without_it_the_reference_copies(no_library):
     engine = kernels.select("cpu")
     assert engine.name == "reference" and "cannot be loaded" in engine.reason
+
+
+def test_without_it_a_plan_says_what_to_do(no_library):
+    case = generated.make("cpu")
+    with pytest.raises(RuntimeError, match="no native library for cpu .*cannot be loaded.*; reinstall sglang-nsa-fused"):
+        case.plan()
+    destination = case.destinations[0][:10]
+    destination[2] = destination[2].long()  # which plain torch would copy to
+    with pytest.raises(RuntimeError, match="no native library for cpu"):
+        ReplayPlan(reference.DECODE, [destination])
 
 
 def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
