@@ -1,7 +1,11 @@
 """The native library: what it links, and what happens without it."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import generated
 import pytest
@@ -15,6 +19,62 @@ def library_path() -> str:
     load_library()
     with open("/proc/self/maps") as maps:
         return next(line.split()[-1] for line in maps if line.rstrip().endswith("libnsa_fused.so"))
+
+
+def python(code: str, *args, cwd=None, **env) -> subprocess.CompletedProcess:
+    env = {**os.environ, **{name: str(value) for name, value in env.items()}}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=cwd, capture_output=True, text=True)
+
+
+def test_is_not_searched_for(tmp_path):
+    """A package without one takes none that lies in a path or in the working directory."""
+    elsewhere, package = tmp_path / "elsewhere", tmp_path / "package"
+    elsewhere.mkdir()
+    shutil.copy(library_path(), elsewhere)
+    shutil.copytree(kernels.LIBRARY.parent, package / "sglang_nsa_fused", ignore=shutil.ignore_patterns("*.so"))
+    code = "from sglang_nsa_fused import kernels; print(kernels.__file__); kernels.library()"
+    done = python(code, cwd=elsewhere, PYTHONPATH=package, PATH=elsewhere, LD_LIBRARY_PATH=elsewhere)
+    assert done.stdout.strip() == str(package / "sglang_nsa_fused/kernels.py")
+    assert "the native library cannot be loaded (FileNotFoundError: " in done.stderr, done.stderr
+
+
+def test_one_that_was_not_copied_whole_is_not_opened(tmp_path):
+    """Opening it would end the process with SIGBUS."""
+    whole = Path(library_path()).read_bytes()
+    sizes = [0, 63, 64, 700, 5000, len(whole) // 2, len(whole) - 4097, len(whole) - 1]
+    for size in sizes:
+        (tmp_path / f"{size}.so").write_bytes(whole[:size])
+    code = """
+import sys
+from pathlib import Path
+from sglang_nsa_fused import kernels
+for path in sys.argv[1:]:
+    kernels.LIBRARY = Path(path)
+    try:
+        kernels.library()
+    except RuntimeError as error:
+        print(error)
+"""
+    done = python(code, *(tmp_path / f"{size}.so" for size in sizes), cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert all(re.search(r"cannot be loaded \(ValueError: .*expected .* got \d+", line) for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == len(sizes)
+    assert f"{len(whole) - 1}.so: expected {len(whole)} bytes, got {len(whole) - 1}" in done.stdout
+
+
+@pytest.mark.parametrize("spoil", ["mode", "link", "file"])
+def test_an_emulated_one_is_made_where_nobody_else_can_write(tmp_path, spoil):
+    env = dict(PYTHONPATH=Path(__file__).parents[1] / "emulation", TMPDIR=tmp_path)
+    code = "import emulated; print(emulated.folder())"
+    folder = Path(python(code, **env).stdout.strip())
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    if spoil == "mode":
+        folder.chmod(0o770)
+    else:
+        folder.rmdir()
+        folder.symlink_to(tmp_path) if spoil == "link" else folder.touch()
+    done = python(code, **env)
+    assert done.returncode == 1 and f"{folder}" in done.stderr, done.stderr
 
 
 def test_needs_tvm_ffi_and_the_c_runtime_alone():
