@@ -138,6 +138,10 @@ def test_a_newer_release_that_has_more_to_refresh_is_left_alone(tomorrows, monke
 def test_a_local_suffix_does_not_matter(monkeypatch, version, release):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     assert plugin.find_release() == (release, version)
+    assert doctor._sglang() == f"{version} is supported"
+    monkeypatch.setattr(doctor.bare, "import_upstream", lambda release, device: None)
+    monkeypatch.setattr(plugin, "import_backend", lambda release: None)
+    assert doctor._upstream() == f"{len(release.signatures)} names of {release.module} are as expected"
 
 
 @pytest.mark.parametrize("version", ["0.5.6.post2", "0.4.10", "0.5.18.post9", "0.5.23.dev5+gabc", "0.5.23rc1"])
