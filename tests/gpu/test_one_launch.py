@@ -186,5 +186,5 @@ def test_a_slot_outside_the_pool_traps():
         "try: torch.cuda.synchronize()\n"
         "except Exception as error: print('trapped', type(error).__name__)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "trapped" in result.stdout, result.stdout + result.stderr
