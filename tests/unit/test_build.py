@@ -1,4 +1,4 @@
-"""A build without nvcc fails, unless it is asked for."""
+"""When make builds the plugin anew, and what a build without nvcc says."""
 
 import os
 import re
@@ -30,3 +30,13 @@ def test_without_nvcc_it_says_what_to_install(tmp_path):
         assert "pip install . --config-settings=cmake.define.NSA_FUSED_CPU_ONLY=ON" in output
         status, output = configure("ON")
         assert status == 0 and "without CUDA, as NSA_FUSED_CPU_ONLY says" in output, output
+
+
+def test_make_builds_anew_where_a_source_has_changed(tmp_path):
+    for stamp in ("packages", "plugin"):
+        (tmp_path / stamp).touch()
+    make = ["make", "-q", "-C", str(ROOT), f"VENV={tmp_path}", f"{tmp_path}/plugin"]
+    assert subprocess.run(make).returncode == 0
+    sources = ["CMakeLists.txt", "csrc/cpu.cc", "sglang_nsa_fused/plan.py", "sglang_nsa_fused/bench/model/config.json"]
+    for source in [*sources, "patches/sglang/0.5.9-plugin-loader.patch"]:
+        assert subprocess.run([*make, "-W", source]).returncode == 1, source
