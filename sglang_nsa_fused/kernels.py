@@ -202,7 +202,12 @@ def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.T
 
 @functools.lru_cache(None)
 def select(device_type: str) -> Engine:
-    """The best engine that works on this device type ("cuda" or "cpu"): each is tried once, against the reference."""
+    """The best engine that works on this device type ("cuda" or "cpu"): each is tried once, against the reference.
+
+    Raises RuntimeError, and decides nothing, where it is first asked while a CUDA graph is captured: none can be tried then.
+    """
+    if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("no kernel can be tried while a CUDA graph is captured; make a plan on this GPU once before")
     candidates = [("native", _native_plan)]
     if device_type == "cuda":
         candidates.append(("sgl_kernel", _sgl_kernel_plan))

@@ -88,14 +88,19 @@ def test_architectures_are_named():
 
 
 @pytest.fixture
-def no_library(monkeypatch):
+def select():
+    """As in a process where nothing is decided."""
+    kernels.select.cache_clear()
+    yield kernels.select
+    kernels.select.cache_clear()
+
+
+@pytest.fixture
+def no_library(select, monkeypatch):
     def missing():
         raise RuntimeError("the native library cannot be loaded")
 
     monkeypatch.setattr(kernels, "library", missing)
-    kernels.select.cache_clear()
-    yield
-    kernels.select.cache_clear()
 
 
 def test_without_it_the_reference_copies(no_library):
@@ -126,6 +131,33 @@ def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
     engine = kernels.select("cpu")
     kernels.select.cache_clear()
     assert engine.name == "reference" and "self-check" in engine.reason
+
+
+def test_nothing_is_decided_while_a_graph_is_captured(select, monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels.self_check, "copy", lambda *args: tried.append(args))
+    monkeypatch.setattr(kernels.self_check, "generate", lambda *args: tried.append(args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured; make a plan on this GPU once before"):
+        select("cuda")
+    assert not tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert select("cuda").name == "native" and len(tried) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert select("cuda").name == "native"
+
+
+def test_every_kernel_has_run_before_one_is_captured(select, monkeypatch):
+    """As many as the library has forms of: up to 4 and up to 16 destinations to copy to, 1 and up to 16 to generate."""
+    copied, generated_to = set(), set()
+    copy_plan, generate_plan = kernels._native_plan, kernels._native_generate_plan
+    monkeypatch.setattr(kernels, "_native_plan", lambda mode, dst: copied.add(len(dst)) or copy_plan(mode, dst))
+    monkeypatch.setattr(
+        kernels, "_native_generate_plan", lambda mode, values, dst: generated_to.add(len(dst)) or generate_plan(mode, values, dst)
+    )
+    assert select("cpu").name == "native"
+    assert min(copied) <= 4 < max(copied) and min(generated_to) == 1 < max(generated_to)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
