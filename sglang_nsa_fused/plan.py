@@ -51,8 +51,9 @@ class ReplayPlan:
     generate: Callable
     """(seq_lens, req_pool_indices, extend_lens, bs): seq_lens and req_pool_indices int32 or int64 [>= bs], extend_lens
     int32 [>= bs] or None. Cumulative lengths begin with 0; table rows are written as far as their request's cache
-    length, and never beyond the table. Raises TypeError or ValueError before the launch. A slot outside req_to_token or
-    more rows than captured, which only the device sees, trap there, as in upstream's indexing."""
+    length, and never beyond the table. Raises TypeError or ValueError before the launch. What only the device sees: a
+    request of length 0 or 1, which is padding, may name a slot outside req_to_token and takes slot 0; a longer one that
+    does, and more rows than captured, trap there and end the process (on the CPU they raise ValueError)."""
 
     def __init__(
         self,

@@ -181,7 +181,7 @@ def test_a_slot_outside_the_pool_traps():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from generated import make; import torch\n"
-        "case = make('cuda'); plan = case.plan(); case.batch[1].fill_(99)\n"
+        "case = make('cuda', lengths=[1, 2, 0]); plan = case.plan(); case.batch[1].fill_(99)\n"
         "plan.generate(*case.batch)\n"
         "try: torch.cuda.synchronize()\n"
         "except Exception as error: print('trapped', type(error).__name__)\n"
