@@ -289,7 +289,10 @@ void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
   place(kNsaCacheSeqlens, 1, rows);
   place(kNsaCuSeqlensK, 1, rows + 1);
   if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
-  Generate(GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst)), read.device())(batch);
+  GeneratePlan plan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst));  // by then the sizes are checked
+  if (!batch.extend_lens.given && rows > batch.bs * sizes.num_draft_tokens)
+    refuse("rows: expected bs * num_draft_tokens = ", batch.bs * sizes.num_draft_tokens, " without extend_lens, got ", rows);
+  Generate(std::move(plan), read.device())(batch);
 }
 
 // The GPU architectures compiled in, such as "sm_90 compute_80"; empty without CUDA.

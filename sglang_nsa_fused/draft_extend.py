@@ -36,7 +36,8 @@ class DraftExtend:
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
         self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
         self._page_size = getattr(backend, release.page_size)
-        self._sizes = getattr(backend, release.draft_tokens), getattr(backend, release.index_topk), self._page_size
+        self._draft_tokens = getattr(backend, release.draft_tokens)
+        self._sizes = self._draft_tokens, getattr(backend, release.index_topk), self._page_size
         self._req_to_token = getattr(backend, release.req_to_token)
         self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
         try:
@@ -64,12 +65,14 @@ class DraftExtend:
         self._topk_v2_plan = release.topk_v2_plan
 
     def __call__(self, forward_batch):
-        """In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted."""
+        """In v2 all requests have num_draft_tokens rows, else upstream takes the batch, in v1 as many as were accepted."""
         extend_lens_cpu = forward_batch.extend_seq_lens_cpu
+        is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
+        if is_v2 and extend_lens_cpu.count(self._draft_tokens) != bs:
+            return self._backend._upstreams_draft_extend(forward_batch)
         cols = max(forward_batch.seq_lens_cpu.tolist())  # of a few dozen, a fourth of the time of .max()
         pages = (cols + self._page_size - 1) // self._page_size
-        is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         scheduled = self._num_sms and (self._v2_schedule or not is_v2)
         form = self._planners.known_form(rows) if scheduled else NO_FORM
 
