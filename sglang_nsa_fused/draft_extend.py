@@ -11,13 +11,11 @@ from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
-# Rows of a batch for which the planners are compared when the first batch comes, and so for all between. More are asked of
-# deep_gemm.
-FEWEST_AND_MOST = 1, 512
-
 
 class DraftExtend:
     """Builds upstream's metadata objects for one step backend. What does not depend on the batch is found once.
+
+    No planner is compared here, where a request waits: what the captures found holds, and beyond it the planners are called.
 
     Their tables hold what every row may read, its length's prefix; upstream fills the rest of a row with the slots
     behind it.
@@ -44,10 +42,6 @@ class DraftExtend:
             self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
         except ImportError:  # without deep_gemm upstream has none
             self._num_sms = 0
-        for rows in FEWEST_AND_MOST if self._num_sms else ():
-            planners.schedule_form(rows, backend.device)
-        if self._flashmla:
-            planners.flashmla(backend, FEWEST_AND_MOST[0])
         self._aranges: dict[int, torch.Tensor] = {}
         getattr(backend, release.set_prefill_impl)(forward_batch=None)
         self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}

@@ -81,6 +81,7 @@ def extend(classes: Classes, side: str, pool, case: Case) -> Callable:
     """With a graph where the release's server captures one, else without."""
     if classes.release.out_graph and classes.release.draft_extend:
         return graph(classes, side, pool, case, "DRAFT_EXTEND_V2")
+    verify(classes, side, pool, case)  # as in a server, where its capture compares the planners
     flashmla, tokens = case.cache == "fp8", case.draft_steps + 1
     backend = bare.step_backend(classes.of[side][0], classes.release, classes.device, pool, tokens, flashmla)
     slots, lengths = list(range(1, case.bs + 1)), [case.length + tokens] * case.bs
