@@ -9,7 +9,8 @@ VENV ?= .venv
 ARGS ?=
 EMULATED := $(addprefix tests/unit/test_,copy.py generate.py verify.py)
 
-SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* sglang_nsa_fused/*.py sglang_nsa_fused/*/*.py)
+SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find csrc patches/sglang sglang_nsa_fused -type f ! -name '*.pyc')
+CPU_ONLY := $(if $(CUDACXX)$(shell command -v nvcc),,--config-settings=cmake.define.NSA_FUSED_CPU_ONLY=ON)
 HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
 
 .PHONY: run test e2e clean
@@ -39,7 +40,7 @@ $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 
 $(VENV)/plugin: $(VENV)/packages $(SOURCES)
 	@echo "== plugin, about a minute the first time"
-	$(VENV)/bin/pip install --no-deps --force-reinstall .
+	$(VENV)/bin/pip install --no-deps --force-reinstall $(CPU_ONLY) .
 	touch $@
 
 clean:

@@ -184,16 +184,17 @@ void checked(const Function& function, ffi::PackedArgs args, ffi::Any* result) {
   }
 }
 
-// (forward_mode, 10 tensors or None for each destination) -> a function that copies to them:
-// (10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size)
+// (owner, forward_mode, 10 tensors or None for each destination) -> a function that copies to them and holds the owner, any
+// object that keeps the tensors alive: (10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
-  if (args.size() < 1 || (args.size() - 1) % kNumFields != 0)
-    TVM_FFI_THROW(TypeError) << "copy_plan: expected a mode and " << std::to_string(kNumFields)
+  constexpr int kFirst = 2;
+  if (args.size() < kFirst || (args.size() - kFirst) % kNumFields != 0)
+    TVM_FFI_THROW(TypeError) << "copy_plan: expected an owner, a mode and " << std::to_string(kNumFields)
                              << " tensors for each destination, got " << std::to_string(args.size()) << " arguments";
-  const Mode mode = to_mode(read_size(args[0], "forward_mode"));
+  const Mode mode = to_mode(read_size(args[1], "forward_mode"));
   const auto copy = std::make_shared<const Copy>(
-      Copy::make(mode, args.Slice(1), kNumFields, (args.size() - 1) / kNumFields));
-  const auto replay = [copy](ffi::PackedArgs args, ffi::Any*) {
+      Copy::make(mode, args.Slice(kFirst), kNumFields, (args.size() - kFirst) / kNumFields));
+  const auto replay = [copy, owner = ffi::Any(args[0])](ffi::PackedArgs args, ffi::Any*) {
     check_count(args, kNumFields + 4, "copy");
     const Sizes sizes{read_size(args[kNumFields], "bs"), read_size(args[kNumFields + 1], "max_len"),
                       read_size(args[kNumFields + 2], "max_seqlen_k"),
@@ -204,28 +205,29 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
       [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
 }
 
-// (forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor, topk_buckets:
-// threshold and most for each, req_to_token, num_splits or None, tile_metadata or None, and for each destination its
-// length offset and 12 tensors or None) -> a function that generates them: (seq_lens, req_pool_indices, extend_lens or None, bs)
+// (owner, forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor,
+// topk_buckets: threshold and most for each, req_to_token, num_splits or None, tile_metadata or None, and for each destination
+// its length offset and 12 tensors or None) -> a function that generates them and holds the owner, as copy_plan's:
+// (seq_lens, req_pool_indices, extend_lens or None, bs)
 void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
-  constexpr int kFirst = 13, kEach = 1 + kNumGenerated;
+  constexpr int kFirst = 14, kEach = 1 + kNumGenerated;
   if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
     TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and "
                              << std::to_string(kEach) << " for each destination, got " << std::to_string(args.size());
-  const Mode mode = to_mode(read_size(args[0], "forward_mode"));
-  const GenerateSizes sizes{read_size(args[1], "bs"),
-                            read_size(args[2], "rows"),
-                            read_size(args[3], "num_draft_tokens"),
-                            read_size(args[4], "nsa_index_topk"),
-                            read_size(args[5], "page_size"),
-                            read_size(args[6], "segment_len"),
-                            read_size(args[7], "extra_last") != 0,
-                            read_size(args[8], "row_floor"),
-                            read_topk_buckets(args[9])};
+  const Mode mode = to_mode(read_size(args[1], "forward_mode"));
+  const GenerateSizes sizes{read_size(args[2], "bs"),
+                            read_size(args[3], "rows"),
+                            read_size(args[4], "num_draft_tokens"),
+                            read_size(args[5], "nsa_index_topk"),
+                            read_size(args[6], "page_size"),
+                            read_size(args[7], "segment_len"),
+                            read_size(args[8], "extra_last") != 0,
+                            read_size(args[9], "row_floor"),
+                            read_topk_buckets(args[10])};
   Reader read;
-  const View req_to_token = read(args[10], Form::kTable, {"req_to_token"});
-  const View num_splits = read(args[11], Form::kVector, {"flashmla_num_splits"});
-  const View tile_metadata = read(args[12], Form::kWhole, {"flashmla_metadata"});
+  const View req_to_token = read(args[11], Form::kTable, {"req_to_token"});
+  const View num_splits = read(args[12], Form::kVector, {"flashmla_num_splits"});
+  const View tile_metadata = read(args[13], Form::kWhole, {"flashmla_metadata"});
   const int num_dst = (args.size() - kFirst) / kEach;
   std::vector<GeneratePlan::Destination> dst(num_dst);
   for (int d = 0; d < num_dst; ++d) {
@@ -235,7 +237,7 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   }
   GeneratePlan plan(mode, sizes, req_to_token, num_splits, tile_metadata, std::move(dst));
   const auto generate = std::make_shared<const Generate>(std::move(plan), read.device());
-  const auto replay = [generate](ffi::PackedArgs args, ffi::Any*) {
+  const auto replay = [generate, owner = ffi::Any(args[0])](ffi::PackedArgs args, ffi::Any*) {
     check_count(args, 4, "generate");
     Reader read(generate->device);
     (*generate)(read_batch(args, read));
@@ -287,7 +289,10 @@ void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
   place(kNsaCacheSeqlens, 1, rows);
   place(kNsaCuSeqlensK, 1, rows + 1);
   if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
-  Generate(GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst)), read.device())(batch);
+  GeneratePlan plan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst));  // by then the sizes are checked
+  if (!batch.extend_lens.given && rows > batch.bs * sizes.num_draft_tokens)
+    refuse("rows: expected bs * num_draft_tokens = ", batch.bs * sizes.num_draft_tokens, " without extend_lens, got ", rows);
+  Generate(std::move(plan), read.device())(batch);
 }
 
 // The GPU architectures compiled in, such as "sm_90 compute_80"; empty without CUDA.

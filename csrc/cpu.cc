@@ -20,6 +20,16 @@ void put(int32_t* dst, int64_t at, int32_t value) {
   if (dst) dst[at] = value;
 }
 
+// The request's row of the pool. Padding, of length 0 or 1, may name any slot and takes the first.
+int64_t slot_of(const GenerateParams<kMaxDestinations>& p, int i) {
+  const int64_t slot = load(p.req_pool_indices, p.req_pool_indices_64, i);
+  if (slot >= 0 && slot < p.num_slots) return slot;
+  const auto seq_len = static_cast<int32_t>(load(p.seq_lens, p.seq_lens_64, i));
+  if (seq_len > 1 || p.num_slots == 0)
+    refuse("req_pool_indices: expected 0 to ", p.num_slots - 1, ", got ", slot, " for request ", i, " of length ", seq_len);
+  return 0;
+}
+
 // row_lens: of all rows. Row by row, each SM's share of segments is handed out as it is reached.
 void write_schedule(const std::vector<int32_t>& row_lens, uint32_t segment_len, bool extra_last, uint32_t num_sms,
                     int32_t* schedule) {
@@ -78,9 +88,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
   int64_t all_rows = 0;
   for (int i = 0; i < p.bs; ++i) {  // all checks before the first write
     all_rows += p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
-    const int64_t slot = load(p.req_pool_indices, p.req_pool_indices_64, i);
-    if (slot < 0 || slot >= p.num_slots)
-      refuse("req_pool_indices: expected 0 to ", p.num_slots - 1, ", got ", slot);
+    slot_of(p, i);
     if (all_rows > p.max_rows)
       refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", all_rows);
   }
@@ -96,7 +104,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
       const int rows = p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
       const auto seq_len = static_cast<int32_t>(load(p.seq_lens, p.seq_lens_64, i));
       const int32_t cache_len = seq_len + p.cache_offset + dst.len_offset;
-      const int32_t* src = p.req_to_token + load(p.req_pool_indices, p.req_pool_indices_64, i) * p.token_pitch;
+      const int32_t* src = p.req_to_token + slot_of(p, i) * p.token_pitch;
       const int64_t cols = std::min<int64_t>(seq_len + p.cache_offset + table_offset, p.token_cols);
       put(dst.field[kCacheSeqlens], i, cache_len);
       put(dst.field[kCuSeqlensK], i + 1, cu = add(cu, cache_len));

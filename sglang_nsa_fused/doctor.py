@@ -66,7 +66,7 @@ def _tvm_ffi() -> str:
 
 def _sglang() -> str:
     release, version = plugin.find_release()
-    if version not in release.versions:
+    if releases.find(version) is None:
         return f"{version} is newer than {release.versions[-1]}, the last one tested; its names decide"
     return f"{version} is supported"
 
@@ -139,7 +139,7 @@ def _upstream() -> str:
     release, version = plugin.find_release()
     bare.import_upstream(release, "cuda" if torch.cuda.is_available() else "cpu")
     plugin.import_backend(release)
-    if version not in release.versions:
+    if releases.find(version) is None:
         return plugin.untested(version, release)
     return f"{len(release.signatures)} names of {release.module} are as expected"
 

@@ -11,13 +11,11 @@ from sglang_nsa_fused.planners import NO_FORM, Planners
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
-# Rows of a batch for which the planners are compared when the first batch comes, and so for all between. More are asked of
-# deep_gemm.
-FEWEST_AND_MOST = 1, 512
-
 
 class DraftExtend:
     """Builds upstream's metadata objects for one step backend. What does not depend on the batch is found once.
+
+    No planner is compared here, where a request waits: what the captures found holds, and beyond it the planners are called.
 
     Their tables hold what every row may read, its length's prefix; upstream fills the rest of a row with the slots
     behind it.
@@ -36,17 +34,14 @@ class DraftExtend:
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
         self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
         self._page_size = getattr(backend, release.page_size)
-        self._sizes = getattr(backend, release.draft_tokens), getattr(backend, release.index_topk), self._page_size
+        self._draft_tokens = getattr(backend, release.draft_tokens)
+        self._sizes = self._draft_tokens, getattr(backend, release.index_topk), self._page_size
         self._req_to_token = getattr(backend, release.req_to_token)
         self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
         try:
             self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
         except ImportError:  # without deep_gemm upstream has none
             self._num_sms = 0
-        for rows in FEWEST_AND_MOST if self._num_sms else ():
-            planners.schedule_form(rows, backend.device)
-        if self._flashmla:
-            planners.flashmla(backend, FEWEST_AND_MOST[0])
         self._aranges: dict[int, torch.Tensor] = {}
         getattr(backend, release.set_prefill_impl)(forward_batch=None)
         self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}
@@ -64,12 +59,14 @@ class DraftExtend:
         self._topk_v2_plan = release.topk_v2_plan
 
     def __call__(self, forward_batch):
-        """In v2 all requests have num_draft_tokens rows, in v1 as many as were accepted."""
+        """In v2 all requests have num_draft_tokens rows, else upstream takes the batch, in v1 as many as were accepted."""
         extend_lens_cpu = forward_batch.extend_seq_lens_cpu
+        is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         bs, rows = forward_batch.batch_size, sum(extend_lens_cpu)
+        if is_v2 and extend_lens_cpu.count(self._draft_tokens) != bs:
+            return self._backend._upstreams_draft_extend(forward_batch)
         cols = max(forward_batch.seq_lens_cpu.tolist())  # of a few dozen, a fourth of the time of .max()
         pages = (cols + self._page_size - 1) // self._page_size
-        is_v2 = forward_batch.forward_mode.is_draft_extend_v2()
         scheduled = self._num_sms and (self._v2_schedule or not is_v2)
         form = self._planners.known_form(rows) if scheduled else NO_FORM
 

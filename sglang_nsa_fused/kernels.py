@@ -1,7 +1,10 @@
 """Finds and loads the native library; thin typed functions over it. Nothing else knows tvm-ffi."""
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import torch
@@ -20,17 +23,41 @@ class Engine(NamedTuple):
     generate_draft_extend: Optional[Callable] = None  # see `_native_draft_extend`; None: it only copies
 
 
+LIBRARY = Path(__file__).with_name("libnsa_fused.so")
+
+
 @functools.lru_cache(None)
 def library():
     """The native library. Raises RuntimeError, saying why and what to do, where it cannot be loaded."""
     try:
-        import tvm_ffi.libinfo
+        import tvm_ffi
 
-        return tvm_ffi.libinfo.load_lib_module("sglang-nsa-fused", "nsa_fused")
+        _check_whole(LIBRARY)
+        return tvm_ffi.load_module(str(LIBRARY))
     except Exception as error:  # a missing package, a missing file or a loader's error: all end in the same message
         raise RuntimeError(
             f"the native library cannot be loaded ({type(error).__name__}: {error}); reinstall sglang-nsa-fused"
         ) from error
+
+
+def _check_whole(path: Path) -> None:
+    """Raises ValueError for an ELF file that ends before what its headers name: to open it may end the process."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            raise ValueError(f"{path}: expected a 64-bit ELF file, got {size} bytes that are none")
+        segments_at, sections_at = struct.unpack_from("<2Q", header, 32)
+        segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", header, 54)
+        ends = [segments_at + segment_size * segment_count, sections_at + section_size * section_count]
+        file.seek(segments_at)
+        table = file.read(segment_size * segment_count)
+    if len(table) == segment_size * segment_count:
+        for at in range(0, len(table), segment_size):
+            offset, in_file = struct.unpack_from("<8xQ16xQ", table, at)
+            ends.append(offset + in_file)
+    if size < max(ends):
+        raise ValueError(f"{path}: expected {max(ends)} bytes, got {size}: it was not copied whole")
 
 
 def cuda_archs() -> list[str]:
@@ -111,14 +138,21 @@ def fused_metadata_copy_multi_cuda(*args) -> None:
     library().fused_metadata_copy_multi(*args)
 
 
+def _owner(owned: Sequence) -> SimpleNamespace:
+    """What a native function holds to keep these alive: any object that tvm-ffi takes for none of its own."""
+    return SimpleNamespace(owned=owned)
+
+
 def _native_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
-    copy = library().copy_plan(mode, *(tensor for destination in destinations for tensor in destination))
+    tensors = [tensor for destination in destinations for tensor in destination]
+    copy = library().copy_plan(_owner(tensors), mode, *tensors)
     copy.release_gil = False  # a launch takes less time than handing the lock over
     return copy
 
 
 def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
     generate = library().generate_plan(
+        _owner((values, *map(tuple, destinations))),
         mode,
         *(values.bs, values.rows, values.num_draft_tokens, values.nsa_index_topk, values.page_size),
         *(values.segment_len, values.extra_last, values.row_floor),
@@ -168,7 +202,12 @@ def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.T
 
 @functools.lru_cache(None)
 def select(device_type: str) -> Engine:
-    """The best engine that works on this device type ("cuda" or "cpu"): each is tried once, against the reference."""
+    """The best engine that works on this device type ("cuda" or "cpu"): each is tried once, against the reference.
+
+    Raises RuntimeError, and decides nothing, where it is first asked while a CUDA graph is captured: none can be tried then.
+    """
+    if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("no kernel can be tried while a CUDA graph is captured; make a plan on this GPU once before")
     candidates = [("native", _native_plan)]
     if device_type == "cuda":
         candidates.append(("sgl_kernel", _sgl_kernel_plan))

@@ -33,11 +33,13 @@ class ReplayPlan:
     destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
         destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
         [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory;
-        a tensor that several backends share in the same place is written once. Kept alive by the plan.
-    engine: what carries it out; None: the best for their device.
+        a tensor that several backends share in the same place is written once. These, and the tensors of `values`, are
+        kept alive by `copy` and `generate`.
+    engine: what carries it out; None: the native library.
     values: what does not change from replay to replay; None: the plan copies.
 
-    Raises TypeError or ValueError, naming the parameter and the destination's number, for tensors that do not fit.
+    Raises TypeError or ValueError, naming the parameter and the destination's number, for tensors that do not fit;
+    RuntimeError where the native library is missing or does not work on their device.
     """
 
     __slots__ = ("mode", "destinations", "values", "copy", "generate")
@@ -49,8 +51,9 @@ class ReplayPlan:
     generate: Callable
     """(seq_lens, req_pool_indices, extend_lens, bs): seq_lens and req_pool_indices int32 or int64 [>= bs], extend_lens
     int32 [>= bs] or None. Cumulative lengths begin with 0; table rows are written as far as their request's cache
-    length, and never beyond the table. Raises TypeError or ValueError before the launch. A slot outside req_to_token or
-    more rows than captured, which only the device sees, trap there, as in upstream's indexing."""
+    length, and never beyond the table. Raises TypeError or ValueError before the launch. What only the device sees: a
+    request of length 0 or 1, which is padding, may name a slot outside req_to_token and takes slot 0; a longer one that
+    does, and more rows than captured, trap there and end the process (on the CPU they raise ValueError)."""
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class ReplayPlan:
         if values is None:
             if not isinstance(lengths := self.destinations[0][0], torch.Tensor):
                 raise TypeError(f"cache_seqlens_dst of destination 0: expected an int32 tensor, got {type(lengths).__name__}")
-            self.copy = (engine or select(lengths.device.type)).copy_plan(mode, self.destinations)
+            self.copy = (engine or _native(lengths.device.type)).copy_plan(mode, self.destinations)
             return
         if not isinstance(values, Values):
             raise TypeError(f"values: expected Values or None, got {type(values).__name__}")
@@ -81,7 +84,14 @@ class ReplayPlan:
             raise ValueError(f"len_offsets: expected one for each destination, got {len(values.len_offsets)}")
         if not isinstance(values.req_to_token, torch.Tensor):
             raise TypeError(f"req_to_token: expected an int32 tensor, got {type(values.req_to_token).__name__}")
-        generate_plan = (engine or select(values.req_to_token.device.type)).generate_plan
+        generate_plan = (engine or _native(values.req_to_token.device.type)).generate_plan
         if generate_plan is None:
             raise ValueError("engine: expected one that generates, which only the native library does")
         self.generate = generate_plan(mode, values, self.destinations)
+
+
+def _native(device_type: str) -> Engine:
+    engine = select(device_type)
+    if engine.name != "native":
+        raise RuntimeError(f"no native library for {device_type} ({engine.reason}); reinstall sglang-nsa-fused where nvcc is")
+    return engine

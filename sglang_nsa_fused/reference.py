@@ -56,7 +56,9 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
     request = torch.repeat_interleave(torch.arange(bs, device=device), counts)
     rows = len(request)
     nth = torch.arange(rows, device=device) - (counts.cumsum(0) - counts)[request]
-    slots = req_pool_indices[:bs].long()[request]
+    slots = req_pool_indices[:bs].long()
+    padding = (seq_lens[:bs] <= 1) & ((slots < 0) | (slots >= len(values.req_to_token)))  # it takes the first slot
+    slots = slots.masked_fill(padding, 0)[request]
     for offset, dst in zip(offsets, destinations):
         lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d, topk_plan = dst
         cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0) + offset).to(torch.int32)

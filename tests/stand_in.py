@@ -3,7 +3,10 @@
 import random
 import shlex
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sglang_nsa_fused.bench import servers
@@ -44,3 +47,10 @@ def free_port() -> int:
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def until(condition: Callable[[], bool], *processes: subprocess.Popen) -> None:
+    """Waits for it as long as all of these run: a busy machine may take any time."""
+    while not condition():
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.1)

@@ -9,6 +9,8 @@ import time
 import serving
 from serving import CAPTURED, CHUNK, RUNNING, Request, answers, check_same, client, console, prompt
 
+SAMPLES = 40  # of memory under load, at the least
+
 
 def mixed(seed: str, count: int) -> list[Request]:
     """Prompts of 1 to 1,000 tokens, each 25th above index_topk."""
@@ -121,11 +123,12 @@ def test_load(pair, minutes):
 
 
 async def load(pair, seconds: float, samples: dict) -> int:
-    draw, start, count = random.Random("load"), time.monotonic(), 0
+    """Goes on for so long, and until there are SAMPLES of memory, however busy the machine is."""
+    draw, start, count, watching = random.Random("load"), time.monotonic(), 0, True
 
     async def client_of(server, session):
         nonlocal count
-        while time.monotonic() - start < seconds:
+        while watching:
             request = Request(prompt(draw.random(), draw.randint(1, 2500)), draw.randint(8, 200))
             await serving.send(session, server, [request], [math.inf])
             count += 1
@@ -133,15 +136,18 @@ async def load(pair, seconds: float, samples: dict) -> int:
                 await asyncio.sleep(draw.random())
 
     async def watch():
-        said = start
-        while (now := time.monotonic()) - start < seconds:
+        nonlocal watching
+        said, taken = start, 0
+        while (now := time.monotonic()) - start < seconds or taken < SAMPLES:
             memory = await asyncio.to_thread(serving.memory, pair)
             for key, mib in memory.items():
                 samples[key].append((now - start, mib))
+            taken += 1
             if now - said > 30:
                 said = now
                 console.print(f"  {now - start:.0f} s, {count} requests, {[round(mib) for mib in memory.values()]} MiB")
-            await asyncio.sleep(min(5, seconds / 40))
+            await asyncio.sleep(min(5, seconds / SAMPLES))
+        watching = False
 
     async with client() as session:
         clients = [client_of(server, session) for server in pair for _ in range(RUNNING - 4)]

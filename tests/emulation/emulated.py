@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import os
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,13 +16,23 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 
 
+def folder() -> Path:
+    """Where the libraries lie: others must not be able to put one of theirs there. Raises PermissionError."""
+    path = Path(tempfile.gettempdir()) / f"nsa-fused-emulated-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{path}: expected a folder that only its user may use; remove it, or set TMPDIR to another place")
+    return path
+
+
 def build() -> Path:
-    """The library, made anew where a source has changed. Raises subprocess.CalledProcessError."""
+    """The library, made anew where a source has changed. Raises PermissionError or subprocess.CalledProcessError."""
     import tvm_ffi.libinfo
 
     files = sorted([*SOURCES.iterdir(), *HERE.rglob("*.*")])
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file()))
-    path = Path(tempfile.gettempdir()) / f"nsa-fused-emulated-{os.getuid()}-{digest.hexdigest()[:16]}.so"
+    path = folder() / f"{digest.hexdigest()[:16]}.so"
     if not path.exists():
         includes = [HERE, SOURCES, tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
         library = Path(tvm_ffi.libinfo.find_libtvm_ffi())

@@ -1,5 +1,9 @@
 """The copy inside CUDA graphs and on side streams; the reference is patched to fail, so it cannot stand in unseen."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import make
@@ -40,6 +44,35 @@ def test_capture_once_replay_other_values(mode, num_dst):
         expected = case.expected()
         graph.replay()
         case.check(expected)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("num_dst", [1, 5])
+def test_the_first_launch_of_a_process_may_be_captured(num_dst, generates):
+    """Of the plan's kernel: to load it is not allowed there."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import torch, cases, generated; from sglang_nsa_fused import ReplayPlan\n"
+        f"case = {'generated' if generates else 'cases'}.make('cuda', num_dst={num_dst})\n"
+        f"plan = {'case.plan()' if generates else 'ReplayPlan(case.mode, case.destinations)'}\n"
+        "expected, graph = case.expected(), torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph):\n"
+        f"    {'plan.generate(*case.batch)' if generates else 'plan.copy(*case.sources, *case.sizes)'}\n"
+        "case.check_untouched(); graph.replay(); case.check(expected); print('replayed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "replayed" in done.stdout, done.stderr
+
+
+def test_a_plan_made_in_a_capture_says_what_to_do_and_decides_nothing():
+    case, graph = make("cuda"), torch.cuda.CUDAGraph()
+    kernels.select.cache_clear()
+    with torch.cuda.graph(graph):
+        with pytest.raises(RuntimeError, match="make a plan on this GPU once before"):
+            ReplayPlan(DECODE, case.destinations)
+    ReplayPlan(DECODE, case.destinations).copy(*case.sources, *case.sizes)
+    with torch.cuda.graph(graph):
+        ReplayPlan(DECODE, case.destinations).copy(*case.sources, *case.sizes)
 
 
 def test_upstreams_signature_captures():

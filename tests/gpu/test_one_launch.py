@@ -141,10 +141,10 @@ def test_a_graphs_replay_is_one_launch(upstream, mode, flashmla):
 def test_a_draft_extend_is_one_launch_and_one_allocation(upstream, mode, flashmla):
     if not hasattr(upstream.module.ForwardMode, mode):
         pytest.skip(f"sglang {upstream.version} has no such mode")
-    off, on = upstream.graphs("DECODE", 4, flashmla)
+    off, on = upstream.graphs("TARGET_VERIFY", 4, flashmla)  # its captures compare the planners
     for slots, lengths, bs in batches(4):
         batch = bare.draft_extend_batch(on, upstream.module, mode, slots, [n + 4 for n in lengths])
-        on.init_forward_metadata(batch)  # the planners are compared at the first batch
+        on.init_forward_metadata(batch)  # flash_mla is asked once for each number of rows
         before = allocations()
         names = launched(lambda: on.init_forward_metadata(batch))
         plan = upstream.release.topk_v2_plan is not None  # upstream's planner makes it, and for few rows not at all
@@ -181,10 +181,10 @@ def test_a_slot_outside_the_pool_traps():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from generated import make; import torch\n"
-        "case = make('cuda'); plan = case.plan(); case.batch[1].fill_(99)\n"
+        "case = make('cuda', lengths=[1, 2, 0]); plan = case.plan(); case.batch[1].fill_(99)\n"
         "plan.generate(*case.batch)\n"
         "try: torch.cuda.synchronize()\n"
         "except Exception as error: print('trapped', type(error).__name__)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "trapped" in result.stdout, result.stdout + result.stderr

@@ -9,7 +9,6 @@ from upstream import CAPTURE_BS, LONGEST, WIDE, after, assert_equal_fields, batc
 
 from sglang_nsa_fused import bare
 from sglang_nsa_fused.draft_extend import DraftExtend
-from sglang_nsa_fused.planners import Planners
 
 GRAPH_MODES = ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND", "DRAFT_EXTEND_V2"]
 
@@ -79,7 +78,7 @@ def test_draft_extend_without_a_graph(upstream, deep_gemm, mode, flashmla):
     if not hasattr(upstream.module.ForwardMode, mode):
         pytest.skip(f"sglang {upstream.version} has no such mode")
     draft_tokens, names = 4, upstream.release.names
-    off, on = upstream.graphs("DECODE", draft_tokens, flashmla)
+    off, on = upstream.graphs("TARGET_VERIFY", draft_tokens, flashmla)
     for step, (slots, lengths, _) in enumerate(batches(25)):
         lengths = [max(length, draft_tokens) for length in lengths]
         accepted = accepted_by(slots, draft_tokens, step) if mode == "DRAFT_EXTEND" else [draft_tokens] * len(slots)
@@ -102,28 +101,6 @@ def test_draft_extend_without_a_graph(upstream, deep_gemm, mode, flashmla):
         assert torch.equal(getattr(expected, f"{names}_cu_seqlens_q"), getattr(found, f"{names}_cu_seqlens_q"))
         assert isinstance(on._draft_extend, DraftExtend)
         assert on.use_mha is off.use_mha is False
-
-
-def test_a_batch_of_a_new_size_waits_for_no_comparison(upstream, deep_gemm, monkeypatch):
-    off, on = upstream.graphs("DECODE", 4, flashmla=True)
-
-    def extend(requests: int) -> None:
-        slots = [1 + number % 15 for number in range(requests)]
-        on.init_forward_metadata(bare.draft_extend_batch(on, upstream.module, "DRAFT_EXTEND_V2", slots, [100] * requests))
-
-    extend(3)
-    asked = []
-    for name in ("schedule_of", "flashmla_of"):
-        of = getattr(Planners, name)
-        monkeypatch.setattr(Planners, name, lambda self, *args, of=of, name=name: asked.append(name) or of(self, *args))
-    extend(5)
-    assert asked == ["flashmla_of"]
-    asked.clear()
-    extend(5)
-    extend(3)
-    assert asked == []
-    extend(129)  # 516 rows
-    assert sorted(asked) == (["flashmla_of", "schedule_of"] if upstream.release.v2_schedule else ["flashmla_of"])
 
 
 def test_other_batches_without_a_graph_stay_upstreams(upstream, deep_gemm, monkeypatch):

@@ -1,5 +1,7 @@
 """The native copy against the reference, bit for bit, in poisoned buffers."""
 
+import weakref
+
 import pytest
 import torch
 from cases import far_apart, make
@@ -143,6 +145,16 @@ def test_a_plan_replays_other_lengths(device):
     expected = small.expected()
     plan.copy(*small.sources, *small.sizes)
     small.check(expected)
+
+
+def test_the_callable_keeps_alive_what_it_points_to(device):
+    case = make(device, TARGET_VERIFY, num_dst=2, flashmla=True, schedule=True)
+    alive = [weakref.ref(tensor) for tensor in sum(case.destinations, [])]
+    copy = ReplayPlan(case.mode, case.destinations).copy
+    del case
+    assert all(tensor() is not None for tensor in alive)
+    del copy
+    assert not any(tensor() is not None for tensor in alive)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

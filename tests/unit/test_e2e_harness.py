@@ -44,7 +44,7 @@ class Run:
 
     def result(self) -> tuple[str, str]:
         """The summary line and all output."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate()
         return output.splitlines()[-1], output
 
 

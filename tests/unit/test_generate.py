@@ -1,5 +1,7 @@
 """The native generator against the reference, bit for bit, in poisoned buffers."""
 
+import weakref
+
 import pytest
 import torch
 from cases import far_apart
@@ -268,15 +270,32 @@ def test_negative_lengths_and_accepted_counts(device):
     case.check(expected)
 
 
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("slot", [-1, -(2**31), 9, 2**31 - 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_may_name_a_slot_outside_the_pool(device, mode, slot, slot_dtype):
+    """It takes the first; of a pool of nine."""
+    case = make(device, mode, bs=4)
+    seq_lens = torch.tensor([300, 1, 0, 2], device=device)
+    first, outside = (torch.tensor([6, at, at, 6], dtype=slot_dtype, device=device) for at in (0, slot))
+    case.batch = (seq_lens, first, *case.batch[2:])
+    expected = case.expected()
+    case.batch = (seq_lens, outside, *case.batch[2:])
+    for one, right in zip(case.expected(), expected):
+        assert all(map(torch.equal, one, right))
+    case.plan().generate(*case.batch)
+    case.check(expected)
+
+
 @pytest.mark.parametrize("slots, extend, text", [
     ([0, 1, -1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got -1"),
-    ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7"),
+    ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7 for request 1 of length 2"),
     ([0, 1, 2], [4, 4, 5], "extend_lens: expected at most the captured 12 rows, got 13"),
     ([0, 1, 2], [1, 2**31 - 1, 0], "extend_lens: expected at most the captured 12 rows, got 2147483648"),
 ])  # fmt: skip
 def test_what_only_the_device_sees(request, slots, extend, text):
     """On the CPU an error before anything is written; on a GPU, and emulated, a trap."""
-    case = make("cpu", DRAFT_EXTEND)
+    case = make("cpu", DRAFT_EXTEND, lengths=[300 - 4, 2 - 4, 64])
     slots, extend = torch.tensor(slots), torch.tensor(extend, dtype=torch.int32)
     if request.config.pluginmanager.hasplugin("emulated"):
         with pytest.raises(RuntimeError, match="a thread trapped"):
@@ -285,6 +304,18 @@ def test_what_only_the_device_sees(request, slots, extend, text):
         with pytest.raises(ValueError, match=text):
             case.plan().generate(case.batch[0], slots, extend, 3)
         case.check_untouched()
+
+
+def test_the_callable_keeps_alive_what_it_points_to(device):
+    case = make(device, TARGET_VERIFY, num_dst=2)
+    values = case.values
+    tensors = [*sum(case.destinations, []), values.req_to_token, values.num_splits, values.tile_metadata]
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    generate = case.plan().generate
+    del case, values, tensors
+    assert all(tensor() is not None for tensor in alive)
+    del generate
+    assert not any(tensor() is not None for tensor in alive)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

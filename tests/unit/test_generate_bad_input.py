@@ -163,6 +163,17 @@ def test_sizes_of_a_draft_extend_without_a_graph(device, change, text):
     assert bool((workspace == -7).all())
 
 
+def test_more_rows_than_equal_shares_of_a_draft_extend_without_a_graph(device):
+    """Nobody would write the thirteenth."""
+    case = make(device, DRAFT_EXTEND, accepted=False)
+    *batch, bs = case.batch
+    generate, sizes = select(device).generate_draft_extend, workspace_sizes(bs, 13, 300, 5, 0)
+    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"rows: expected bs \* num_draft_tokens = 12 without extend_lens, got 13"):
+        generate(*batch, bs, case.values.req_to_token, workspace, *(GOOD | {"rows": 13}).values())
+    assert bool((workspace == -7).all())
+
+
 def test_too_few_rows_for_equal_shares(device):
     case = make(device, DRAFT_EXTEND, accepted=False)
     case.values = case.values._replace(rows=11)

@@ -1,12 +1,17 @@
 """The native library: what it links, and what happens without it."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
+import generated
 import pytest
 import torch
 
-from sglang_nsa_fused import kernels, reference
+from sglang_nsa_fused import ReplayPlan, kernels, reference
 from sglang_nsa_fused.kernels import library as load_library
 
 
@@ -14,6 +19,62 @@ def library_path() -> str:
     load_library()
     with open("/proc/self/maps") as maps:
         return next(line.split()[-1] for line in maps if line.rstrip().endswith("libnsa_fused.so"))
+
+
+def python(code: str, *args, cwd=None, **env) -> subprocess.CompletedProcess:
+    env = {**os.environ, **{name: str(value) for name, value in env.items()}}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=cwd, capture_output=True, text=True)
+
+
+def test_is_not_searched_for(tmp_path):
+    """A package without one takes none that lies in a path or in the working directory."""
+    elsewhere, package = tmp_path / "elsewhere", tmp_path / "package"
+    elsewhere.mkdir()
+    shutil.copy(library_path(), elsewhere)
+    shutil.copytree(kernels.LIBRARY.parent, package / "sglang_nsa_fused", ignore=shutil.ignore_patterns("*.so"))
+    code = "from sglang_nsa_fused import kernels; print(kernels.__file__); kernels.library()"
+    done = python(code, cwd=elsewhere, PYTHONPATH=package, PATH=elsewhere, LD_LIBRARY_PATH=elsewhere)
+    assert done.stdout.strip() == str(package / "sglang_nsa_fused/kernels.py")
+    assert "the native library cannot be loaded (FileNotFoundError: " in done.stderr, done.stderr
+
+
+def test_one_that_was_not_copied_whole_is_not_opened(tmp_path):
+    """Opening it would end the process with SIGBUS."""
+    whole = Path(library_path()).read_bytes()
+    sizes = [0, 63, 64, 700, 5000, len(whole) // 2, len(whole) - 4097, len(whole) - 1]
+    for size in sizes:
+        (tmp_path / f"{size}.so").write_bytes(whole[:size])
+    code = """
+import sys
+from pathlib import Path
+from sglang_nsa_fused import kernels
+for path in sys.argv[1:]:
+    kernels.LIBRARY = Path(path)
+    try:
+        kernels.library()
+    except RuntimeError as error:
+        print(error)
+"""
+    done = python(code, *(tmp_path / f"{size}.so" for size in sizes), cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert all(re.search(r"cannot be loaded \(ValueError: .*expected .* got \d+", line) for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == len(sizes)
+    assert f"{len(whole) - 1}.so: expected {len(whole)} bytes, got {len(whole) - 1}" in done.stdout
+
+
+@pytest.mark.parametrize("spoil", ["mode", "link", "file"])
+def test_an_emulated_one_is_made_where_nobody_else_can_write(tmp_path, spoil):
+    env = dict(PYTHONPATH=Path(__file__).parents[1] / "emulation", TMPDIR=tmp_path)
+    code = "import emulated; print(emulated.folder())"
+    folder = Path(python(code, **env).stdout.strip())
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    if spoil == "mode":
+        folder.chmod(0o770)
+    else:
+        folder.rmdir()
+        folder.symlink_to(tmp_path) if spoil == "link" else folder.touch()
+    done = python(code, **env)
+    assert done.returncode == 1 and f"{folder}" in done.stderr, done.stderr
 
 
 def test_needs_tvm_ffi_and_the_c_runtime_alone():
@@ -27,19 +88,34 @@ def test_architectures_are_named():
 
 
 @pytest.fixture
-def no_library(monkeypatch):
+def select():
+    """As in a process where nothing is decided."""
+    kernels.select.cache_clear()
+    yield kernels.select
+    kernels.select.cache_clear()
+
+
+@pytest.fixture
+def no_library(select, monkeypatch):
     def missing():
         raise RuntimeError("the native library cannot be loaded")
 
     monkeypatch.setattr(kernels, "library", missing)
-    kernels.select.cache_clear()
-    yield
-    kernels.select.cache_clear()
 
 
 def test_without_it_the_reference_copies(no_library):
     engine = kernels.select("cpu")
     assert engine.name == "reference" and "cannot be loaded" in engine.reason
+
+
+def test_without_it_a_plan_says_what_to_do(no_library):
+    case = generated.make("cpu")
+    with pytest.raises(RuntimeError, match="no native library for cpu .*cannot be loaded.*; reinstall sglang-nsa-fused"):
+        case.plan()
+    destination = case.destinations[0][:10]
+    destination[2] = destination[2].long()  # which plain torch would copy to
+    with pytest.raises(RuntimeError, match="no native library for cpu"):
+        ReplayPlan(reference.DECODE, [destination])
 
 
 def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
@@ -55,6 +131,33 @@ def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
     engine = kernels.select("cpu")
     kernels.select.cache_clear()
     assert engine.name == "reference" and "self-check" in engine.reason
+
+
+def test_nothing_is_decided_while_a_graph_is_captured(select, monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels.self_check, "copy", lambda *args: tried.append(args))
+    monkeypatch.setattr(kernels.self_check, "generate", lambda *args: tried.append(args))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured; make a plan on this GPU once before"):
+        select("cuda")
+    assert not tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert select("cuda").name == "native" and len(tried) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert select("cuda").name == "native"
+
+
+def test_every_kernel_has_run_before_one_is_captured(select, monkeypatch):
+    """As many as the library has forms of: up to 4 and up to 16 destinations to copy to, 1 and up to 16 to generate."""
+    copied, generated_to = set(), set()
+    copy_plan, generate_plan = kernels._native_plan, kernels._native_generate_plan
+    monkeypatch.setattr(kernels, "_native_plan", lambda mode, dst: copied.add(len(dst)) or copy_plan(mode, dst))
+    monkeypatch.setattr(
+        kernels, "_native_generate_plan", lambda mode, values, dst: generated_to.add(len(dst)) or generate_plan(mode, values, dst)
+    )
+    assert select("cpu").name == "native"
+    assert min(copied) <= 4 < max(copied) and min(generated_to) == 1 < max(generated_to)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

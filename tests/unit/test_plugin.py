@@ -9,21 +9,18 @@ from sglang_nsa_fused import doctor, plugin, releases
 from sglang_nsa_fused.settings import GATE, REQUIRED
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-
-
-def test_import_without_the_gate_is_cheap():
+def test_import_without_the_gate_is_cheap(tmp_path):
     code = """
-import sys, time
-start = time.perf_counter()
+import sys
+before = set(sys.modules)
 import sglang_nsa_fused.plugin
 sglang_nsa_fused.plugin.activate()
-print(time.perf_counter() - start, "torch" in sys.modules or "sglang" in sys.modules)
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
-    runs = [python(code).stdout.split() for _ in range(5)]
-    assert all(imported == "False" for _, imported in runs)
-    assert min(float(seconds) for seconds, _ in runs) < 0.05
+    done = subprocess.run([sys.executable, "-c", code], env={}, cwd=tmp_path, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "sglang_nsa_fused" in imported
+    assert imported - sys.stdlib_module_names == {"sglang_nsa_fused"}
 
 
 @pytest.fixture
@@ -138,6 +135,10 @@ def test_a_newer_release_that_has_more_to_refresh_is_left_alone(tomorrows, monke
 def test_a_local_suffix_does_not_matter(monkeypatch, version, release):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     assert plugin.find_release() == (release, version)
+    assert doctor._sglang() == f"{version} is supported"
+    monkeypatch.setattr(doctor.bare, "import_upstream", lambda release, device: None)
+    monkeypatch.setattr(plugin, "import_backend", lambda release: None)
+    assert doctor._upstream() == f"{len(release.signatures)} names of {release.module} are as expected"
 
 
 @pytest.mark.parametrize("version", ["0.5.6.post2", "0.4.10", "0.5.18.post9", "0.5.23.dev5+gabc", "0.5.23rc1"])
