@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["ReplayPlan", "Values", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
+__all__ = ["Destination", "ReplayPlan", "Values", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
 
 
 def __getattr__(name):  # lazy: sglang imports this package in every process, also where the plugin is off
-    if name in ("ReplayPlan", "Values"):
+    if name in ("Destination", "ReplayPlan", "Values"):
         from sglang_nsa_fused import plan
 
         return getattr(plan, name)

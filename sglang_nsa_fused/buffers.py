@@ -4,13 +4,16 @@ import ast
 import contextlib
 import functools
 import inspect
+import logging
 import textwrap
 import types
 from typing import Iterator
 
 import torch
 
-OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays"}  # set anew for each batch, and ours
+logger = logging.getLogger("sglang_nsa_fused")
+
+OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays", "_copies"}  # set anew for each batch, and ours
 
 
 def steps_are_alike(backends: list) -> bool:
@@ -110,3 +113,20 @@ def not_allocated(backend, req_to_token: torch.Tensor, max_rows: int) -> int:
     """Bytes that the wide page table of so many rows would take more than the narrow one in its place."""
     narrow = backend.decode_cuda_graph_metadata["real_page_table"]
     return (max_rows * req_to_token.shape[1] - narrow.numel()) * narrow.element_size()
+
+
+class NotAllocated:
+    """What the backends of this process do without, said once for each runner with all before it."""
+
+    def __init__(self):
+        self._bytes: dict[tuple[str, int], int] = {}  # (runner, the backend's id) -> bytes
+
+    def say(self, runner: str, backend, size: int) -> None:
+        if not size or self._bytes.get((runner, id(backend))) == size:
+            return
+        self._bytes[runner, id(backend)] = size
+        sums: dict[str, int] = {}
+        for (name, _), count in self._bytes.items():
+            sums[name] = sums.get(name, 0) + count
+        each = ", ".join(f"{name} {count / 2**30:.3f} GiB" for name, count in sums.items())
+        logger.info("sglang-nsa-fused: not allocated: %s; %.3f GiB in all", each, sum(sums.values()) / 2**30)

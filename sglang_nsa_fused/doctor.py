@@ -119,10 +119,10 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         raise plugin.Unsupported("torch sees no GPU; check the driver with nvidia-smi")
     engine = kernels.select("cuda")
-    if engine.name == "reference":
-        raise plugin.Unsupported(f"no kernel works on {torch.cuda.get_device_name()}: {engine.reason}")
+    if engine.generate_plan is None:
+        raise plugin.Unsupported(f"the native library does not work on {torch.cuda.get_device_name()}: {engine.reason}")
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, driver {_driver()}, {engine.name} kernel passes its self-check"
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, driver {_driver()}, the native library passes its self-check"
 
 
 def _driver() -> str:

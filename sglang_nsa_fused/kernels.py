@@ -9,14 +9,15 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from sglang_nsa_fused import reference, self_check
+from sglang_nsa_fused import self_check
 
 
 class Engine(NamedTuple):
-    """What carries out a copy, chosen once per device type."""
+    """What copies and generates, chosen once per device type."""
 
-    name: str  # "native", "sgl_kernel" or "reference"
-    copy_plan: Callable  # (mode, destinations) -> function of 10 sources, bs, max_len, max_seqlen_k, expanded size
+    name: str  # "native", "sgl_kernel", which copies alone, or "none"
+    # (mode, destinations) -> function of 10 sources, bs, max_len, max_seqlen_k, expanded size; None: upstream copies
+    copy_plan: Optional[Callable] = None
     reason: str = ""  # why nothing better was chosen
     # (mode, Values, destinations) -> function of seq_lens, req_pool_indices, extend_lens, bs; None: it only copies
     generate_plan: Optional[Callable] = None
@@ -223,4 +224,4 @@ def select(device_type: str) -> Engine:
             if name == "native":
                 return Engine(name, copy_plan, "", _native_generate_plan, _native_draft_extend())
             return Engine(name, copy_plan, "; ".join(reasons))
-    return Engine("reference", reference.copy_plan, "; ".join(reasons))
+    return Engine("none", reason="; ".join(reasons))

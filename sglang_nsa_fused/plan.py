@@ -8,6 +8,24 @@ import torch
 from sglang_nsa_fused.kernels import Engine, select
 
 
+class Destination(NamedTuple):
+    """What one step backend's graph reads, int32, in the library's order; None: not there, or not written. n is bs in decode, else
+    the captured rows."""
+
+    cache_seqlens: Optional[torch.Tensor] = None  # [bs]
+    cu_seqlens_k: Optional[torch.Tensor] = None  # [bs + 1]
+    page_table_1: Optional[torch.Tensor] = None  # [n, columns], a column for each token
+    nsa_cache_seqlens: Optional[torch.Tensor] = None  # [n]
+    seqlens_expanded: Optional[torch.Tensor] = None  # [n]
+    nsa_cu_seqlens_k: Optional[torch.Tensor] = None  # [n + 1]
+    real_page_table: Optional[torch.Tensor] = None  # [n, pages]
+    flashmla_num_splits: Optional[torch.Tensor] = None  # [n + 1]
+    flashmla_metadata: Optional[torch.Tensor] = None  # [num_sm_parts, 8]
+    paged_mqa_schedule: Optional[torch.Tensor] = None  # [num_sms + 1, 2]
+    paged_mqa_ctx_lens_2d: Optional[torch.Tensor] = None  # [n, 1]; generated, never copied
+    topk_v2_plan: Optional[torch.Tensor] = None  # [n + 1, 2]; generated, never copied
+
+
 class Values(NamedTuple):
     """What generated metadata is made from besides the batch."""
 
@@ -30,11 +48,9 @@ class ReplayPlan:
     """Refreshes the metadata of 1 to 16 step backends in one launch: copied, or generated where `values` are given.
 
     mode: 0 decode, 1 target verify, 2 draft extend.
-    destinations: for each step backend ten int32 tensors or None, in the order of `fused_metadata_copy_cuda`'s
-        destinations, then paged_mqa_schedule [num_sms + 1, 2]; to generate, an eleventh, paged_mqa_ctx_lens_2d
-        [rows, 1], and a twelfth, topk_v2_plan [rows + 1, 2], and any may be None. All on one device, each in its own memory;
-        a tensor that several backends share in the same place is written once. These, and the tensors of `values`, are
-        kept alive by `copy` and `generate`.
+    destinations: a `Destination` for each step backend, of which any tensor may be None; to copy, its first ten, those that
+        have a source. All on one device, each in its own memory; a tensor that several backends share in the same place is
+        written once. These, and the tensors of `values`, are kept alive by `copy` and `generate`.
     engine: what carries it out; None: the native library.
     values: what does not change from replay to replay; None: the plan copies.
 
@@ -86,7 +102,7 @@ class ReplayPlan:
             raise TypeError(f"req_to_token: expected an int32 tensor, got {type(values.req_to_token).__name__}")
         generate_plan = (engine or _native(values.req_to_token.device.type)).generate_plan
         if generate_plan is None:
-            raise ValueError("engine: expected one that generates, which only the native library does")
+            raise ValueError("engine: expected one that generates, which the native library alone does")
         self.generate = generate_plan(mode, values, self.destinations)
 
 

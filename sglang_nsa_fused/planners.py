@@ -14,7 +14,7 @@ import torch
 
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine
-from sglang_nsa_fused.plan import ReplayPlan, Values
+from sglang_nsa_fused.plan import Destination, ReplayPlan, Values
 from sglang_nsa_fused.releases import Release
 
 logger = logging.getLogger("sglang_nsa_fused")
@@ -99,7 +99,7 @@ class Planners:
         schedule = torch.full_like(expected, -1)
         slots = torch.zeros(rows, dtype=torch.int64, device=device)
         values = Values(slots.int().view(1, -1), rows, rows, 1, 1, 64, *form)
-        plan = ReplayPlan(reference.DECODE, [(None,) * 9 + (schedule, None, None)], self._engine, values)
+        plan = ReplayPlan(reference.DECODE, [Destination(paged_mqa_schedule=schedule)], self._engine, values)
         plan.generate(lengths, slots, None, rows)
         return torch.equal(schedule, expected)
 

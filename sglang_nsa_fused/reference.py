@@ -1,4 +1,4 @@
-"""Both operations from plain torch operations: the fallback without the kernel, and the oracle of the tests."""
+"""Both operations from plain torch operations: the oracle of the tests and of the verify mode. It never serves a request."""
 
 import torch
 
@@ -36,15 +36,6 @@ def copy(mode, sources, destinations, bs, max_len, max_seqlen_k, seqlens_expande
         for out, source in ((dst[8], tiles), (dst[9], schedule)):
             if source is not None:
                 out.flatten()[: source.numel()].copy_(source.flatten())
-
-
-def copy_plan(mode, destinations):
-    """A function (10 sources, bs, max_len, max_seqlen_k, seqlens_expanded_size) that copies to these destinations."""
-
-    def replay(*args):
-        copy(mode, args[:10], destinations, *args[10:])
-
-    return replay
 
 
 def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens, bs):

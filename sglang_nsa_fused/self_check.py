@@ -1,5 +1,6 @@
 """Small runs of an engine against the reference, once before it is chosen. Raise RuntimeError where they differ."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Callable
 
@@ -38,8 +39,10 @@ def generate(generate_plan: Callable, device: str) -> None:
             segment_len=64, extra_last=False, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(),
             topk_buckets=((10, 1), (100, 2)),
         )  # fmt: skip
-        for num_dst in (1, 2):  # a kernel of its own for one
-            got, expected = ([_poisoned(shapes, device) for _ in range(num_dst)] for _ in range(2))
+        # A kernel of its own for one destination, and for those without page_table_1.
+        for num_dst, wide in itertools.product((1, 2), (True, False)):
+            there = [shape if wide or field != 2 else None for field, shape in enumerate(shapes)]
+            got, expected = ([_poisoned(there, device) for _ in range(num_dst)] for _ in range(2))
             generate_plan(mode, values, got)(seq_lens, slots, None, BS)
             reference.generate(mode, values, expected, seq_lens, slots, None, BS)
             _compare("generation", sum(got, []), sum(expected, []))

@@ -9,20 +9,16 @@ import torch
 
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine, workspace_sizes
-from sglang_nsa_fused.plan import Values
+from sglang_nsa_fused.plan import Destination, Values
 
-NAMES = (
-    "cache_seqlens", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
-    "real_page_table", "flashmla_num_splits", "flashmla_metadata", "paged_mqa_schedule", "paged_mqa_ctx_lens_2d",
-    "topk_v2_plan",
-)  # fmt: skip
+NAMES = Destination._fields
 
 
 def verified(engine: Engine) -> Engine:
     """The same engine, whose every copy and generation raises RuntimeError where it differs from the reference."""
 
     def copy_plan(mode: int, destinations: Sequence) -> Callable:
-        return _compared(engine.copy_plan(mode, destinations), reference.copy_plan, mode, destinations)
+        return _compared(engine.copy_plan(mode, destinations), _copy, mode, destinations)
 
     def generate_plan(mode: int, values: Values, destinations: Sequence) -> Callable:
         return _compared(engine.generate_plan(mode, values, destinations), _generation(values), mode, destinations)
@@ -34,7 +30,7 @@ def verified(engine: Engine) -> Engine:
         schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, parts)
         schedule = schedule.view(-1, 2) if segment_len else None
         table, real_table = table.view(rows, cols), real_table.view(rows, pages)
-        destination = (lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, schedule, None, None)
+        destination = Destination(lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, paged_mqa_schedule=schedule)
         values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, extra_last, row_floor=row_floor)
 
         def generate(*batch) -> None:
@@ -44,10 +40,14 @@ def verified(engine: Engine) -> Engine:
         generate(seq_lens, req_pool_indices, extend_lens, bs)
 
     return engine._replace(
-        copy_plan=copy_plan,
+        copy_plan=copy_plan if engine.copy_plan else None,
         generate_plan=generate_plan if engine.generate_plan else None,
         generate_draft_extend=generate_draft_extend if engine.generate_draft_extend else None,
     )
+
+
+def _copy(mode: int, destinations: Sequence) -> Callable:
+    return lambda *args: reference.copy(mode, args[:10], destinations, *args[10:])
 
 
 def _generation(values: Values) -> Callable:

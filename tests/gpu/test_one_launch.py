@@ -169,7 +169,7 @@ def test_the_captured_schedule_is_deep_gemms_for_these_lengths(upstream):
 def test_all_planners_are_ours(upstream):
     """On this GPU with the installed deep_gemm, flash_mla and top-k; the fallback would hide a change of theirs."""
     off, on = upstream.graphs("TARGET_VERIFY", 4, flashmla=True)
-    assert all(on._replays[bs].generates and not on._replays[bs]._after for bs in CAPTURE_BS)
+    assert not any(on._replays[bs]._after for bs in CAPTURE_BS)
 
 
 def test_a_slot_outside_the_pool_traps():

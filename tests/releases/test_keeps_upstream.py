@@ -7,7 +7,7 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import backends, bare, planners, releases
+from sglang_nsa_fused import bare, buffers, hooks, planners, releases
 
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):
@@ -61,19 +61,19 @@ def test_a_new_batch_size_is_captured_at_its_first_batch(upstream):
             bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, "TARGET_VERIFY", [1, 2, 3], lengths, 3))
     live = torch.tensor([n + i for n in lengths for i in range(1, 5)], device=upstream.device)
     assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
-    assert on._replays[3].generates
+    assert on._replays[3] is not None
 
 
 def test_pooled_index_keys_are_upstreams(upstream, caplog):
     if upstream.release.kpool is None:
         pytest.skip("this release has none")
     on = upstream.multi(upstream.fused(), 4)
-    hooks = type(on)._hooks
-    backends._refuse.cache_clear()
+    decisions = type(on)._hooks
+    hooks._refuse.cache_clear()
     for backend in on.attn_backends:
         setattr(backend, upstream.release.kpool, 2)
-    assert [hooks.capture(0, on.attn_backends, bs) for bs in CAPTURE_BS] == [None] * len(CAPTURE_BS)
-    assert hooks.draft_extend(on.attn_backends[0]) is None
+    assert [decisions.capture(0, on.attn_backends, bs) for bs in CAPTURE_BS] == [None] * len(CAPTURE_BS)
+    assert decisions.draft_extend(on.attn_backends[0]) is None
     assert caplog.text.count("an index with pooled keys keeps upstream's replays") == 1
     on.init_cuda_graph_state(8, 8)
     assert not on._share
@@ -83,10 +83,10 @@ def test_a_sharded_cache_prepares_its_own_draft_extend(upstream):
     if upstream.release.kv_shard_pool is None:
         pytest.skip("this release has none")
     off, on = upstream.graphs("DECODE", 4)
-    hooks = type(on)._hooks
-    assert hooks.draft_extend(on) is not None
+    decisions = type(on)._hooks
+    assert decisions.draft_extend(on) is not None
     setattr(on, upstream.release.kv_shard_pool, object())
-    assert hooks.draft_extend(on) is None
+    assert decisions.draft_extend(on) is None
 
 
 def test_a_top_k_plan_of_unknown_form_is_upstreams(upstream, monkeypatch, caplog):
@@ -119,15 +119,39 @@ def test_a_top_k_plan_that_is_unwritten_is_left_so(upstream, monkeypatch):
     assert found.topk_buckets(on, 64) is None
 
 
-def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstream, deep_gemm, monkeypatch, caplog):
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("deep_gemm: no"), "deep_gemm: no"),
+    (AssertionError(), "AssertionError: "),
+    (KeyError("sms"), "KeyError: 'sms'"),
+    (OSError("no nvcc"), "OSError: no nvcc"),
+])  # fmt: skip
+def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstream, deep_gemm, monkeypatch, caplog, error, said):
     def fails(*_):
-        raise RuntimeError("deep_gemm: no")
+        raise error
 
     monkeypatch.setattr(planners.Planners, "schedule_form", fails)
-    backends._refuse.cache_clear()
+    hooks._refuse.cache_clear()
     off, on = upstream.graphs("TARGET_VERIFY", 4)
     assert set(on._replays.values()) == {None}
-    assert "batch size 8 keeps upstream's replay: deep_gemm: no" in caplog.text
+    assert f"batch size 8 keeps upstream's replay: {said}" in caplog.text
+
+
+def test_steps_that_cannot_be_compared_have_buffers_of_their_own(upstream, deep_gemm, monkeypatch, caplog):
+    def fails(_):
+        raise KeyError("attn_backends")
+
+    monkeypatch.setattr(buffers, "steps_are_alike", fails)
+    on = upstream.multi(upstream.fused(), 4)
+    assert len({id(backend.decode_cuda_graph_metadata) for backend in on.attn_backends}) == len(on.attn_backends)
+    assert "draft steps do not share buffers: KeyError: 'attn_backends'" in caplog.text
+
+
+def test_a_multi_step_backend_without_steps_is_upstreams(upstream, monkeypatch):
+    """As of a server with one draft step."""
+    on = object.__new__(upstream.fused()[1])
+    on.attn_backends, on.speculative_num_steps = [], 1
+    on.init_cuda_graph_state(4, 4)
+    assert on._replays == {} and not on._share
 
 
 def test_a_newer_sglang_is_refused_what_is_not_known(upstream):

@@ -40,7 +40,7 @@ def replay_both(upstream, off, on, mode, draft_tokens=4):
 def test_a_schedule_of_unknown_form_is_deep_gemms(upstream, planner, mode, caplog):
     planner(lambda schedule, lengths: schedule.flip(0))
     off, on = upstream.graphs(mode, 4)
-    assert all(on._replays[bs].generates and after(on._replays[bs]) == ["_refresh_schedule"] for bs in CAPTURE_BS)
+    assert all(after(on._replays[bs]) == ["_refresh_schedule"] for bs in CAPTURE_BS)
     assert caplog.text.count("deep_gemm is called for it") == 1
     replay_both(upstream, off, on, mode)
 
@@ -91,7 +91,7 @@ def test_a_draft_extend_graph_that_needs_a_planner_stays_upstreams(upstream, pla
         pytest.skip(f"sglang {upstream.version} captures no graph whose number of rows varies")
     planner(lambda schedule, lengths: schedule.flip(0))
     off, on = upstream.graphs("DRAFT_EXTEND", 4)
-    assert not any(on._replays[bs].generates for bs in CAPTURE_BS)
+    assert set(on._replays.values()) == {None}
 
 
 def test_steps_get_deep_gemms_schedule_too(upstream, planner):

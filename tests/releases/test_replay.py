@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from upstream import CAPTURE_BS, WIDE, assert_same_fields, stale_fields, steps
+from upstream import CAPTURE_BS, assert_same_fields, stale_fields, steps
 
-from sglang_nsa_fused import backends, bare, replay
+from sglang_nsa_fused import bare, hooks, kernels, replay
 from sglang_nsa_fused.settings import Settings
 
 
@@ -70,21 +70,12 @@ def test_one_native_call_serves_all_backends(upstream, deep_gemm):
     assert len(calls) == 5
 
 
-def test_a_replay_in_another_mode_than_captured_is_refused(upstream):
-    on = upstream.multi(upstream.fused(WIDE), 3)
-    precomputed = SimpleNamespace()
-    with pytest.raises(ValueError, match="forward_mode: expected that of the capture, 0, got .*TARGET_VERIFY"):
-        on.attn_backends[0].init_forward_metadata_replay_cuda_graph_from_precomputed(
-            bs=4, precomputed=precomputed, forward_mode=upstream.module.ForwardMode.TARGET_VERIFY
-        )
-
-
 def test_a_batch_size_that_cannot_be_planned_keeps_upstreams_replay(upstream, deep_gemm, monkeypatch, caplog):
     def refuse(*args):
         raise ValueError("page_table_1_dst: expected what this test wants")
 
     monkeypatch.setattr(replay, "ReplayPlan", refuse)
-    backends._refuse.cache_clear()
+    hooks._refuse.cache_clear()
     on, off = upstream.multi(upstream.fused(), 3), upstream.multi(upstream.classes, 3)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert sorted(warnings) == [
@@ -97,17 +88,22 @@ def test_a_batch_size_that_cannot_be_planned_keeps_upstreams_replay(upstream, de
         upstream.multi(upstream.fused(Settings(True, True, None)), 3)
 
 
-def test_without_a_kernel_the_reference_copies_and_says_so_once(upstream, deep_gemm, monkeypatch, caplog):
-    from sglang_nsa_fused import kernels, reference
-
-    engine = kernels.Engine("reference", reference.copy_plan, "native: gone")
-    monkeypatch.setattr(backends, "select", lambda device_type: engine)
-    backends._refuse.cache_clear()
-    on, off = upstream.multi(upstream.fused(), 3), upstream.multi(upstream.classes, 3)
-    assert caplog.text.count("metadata is copied tensor by tensor") == 1
+@pytest.mark.parametrize("draft_steps", [3, 5])
+@pytest.mark.parametrize("name", ["none", "sgl_kernel"])
+def test_without_the_library_the_refreshes_are_upstreams(upstream, deep_gemm, monkeypatch, caplog, name, draft_steps):
+    """An sgl_kernel that has the copy makes that of each step which upstream's own three-way kernel does not."""
+    copy_plan = kernels.select(upstream.device).copy_plan if name == "sgl_kernel" else None
+    monkeypatch.setattr(hooks, "select", lambda device_type: kernels.Engine(name, copy_plan, "native: gone"))
+    hooks._refuse.cache_clear()
+    on, off = upstream.multi(upstream.fused(), draft_steps), upstream.multi(upstream.classes, draft_steps)
+    left = {"none": "sglang runs unchanged", "sgl_kernel": "copies of the draft steps are sgl_kernel's, the rest sglang's"}[name]
+    assert caplog.text.count(f"no native library for {upstream.device} (native: gone); {left}") == 1
+    assert "active: sglang" not in caplog.text and set(on._replays.values()) == {None}
     for bs, live in steps(upstream, off, on, count=5):
         assert_same_fields(off, on, bs, live)
-    with pytest.raises(SystemExit, match="no kernel for"):
+    copies = [copy for backend in on.attn_backends for copy in backend._copies.values()]
+    assert copies and all((copy is None) == (name == "none") for copy in copies)
+    with pytest.raises(SystemExit, match="no native library for"):
         upstream.multi(upstream.fused(Settings(True, True, None)), 3)
 
 

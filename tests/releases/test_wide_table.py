@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream import CAPTURE_BS, SETTINGS, WIDE, assert_equal_fields, assert_same_fields, batches, steps
 
-from sglang_nsa_fused import backends, bare, buffers, releases, replay, stand_ins
+from sglang_nsa_fused import bare, buffers, hooks, kernels, releases, replay, stand_ins
 
 DRAFT_TOKENS = 4
 MODES = ["TARGET_VERIFY", "DRAFT_EXTEND_V2"]
@@ -31,7 +31,7 @@ TERMS = {  # release -> what its condition asks besides, and that of those after
 def of_this_release(upstream):
     if upstream.release.drop_wide_table is None:
         pytest.skip("the top-k of this release reads the wide table")
-    backends._refuse.cache_clear()
+    hooks._refuse.cache_clear()
 
 
 def live_rows(lengths, device):
@@ -167,10 +167,7 @@ def test_the_user_may_keep_it(upstream, deep_gemm):
 
 
 def test_it_is_there_where_upstreams_copies_stay(upstream, monkeypatch):
-    from sglang_nsa_fused import kernels, reference
-
-    engine = kernels.Engine("reference", reference.copy_plan, "native: gone")
-    monkeypatch.setattr(backends, "select", lambda device_type: engine)
+    monkeypatch.setattr(hooks, "select", lambda device_type: kernels.Engine("none", reason="native: gone"))
     on = upstream.multi(upstream.fused(), 4)
     assert all(table is not None for backend in on.attn_backends for table in tables(backend))
 

@@ -103,9 +103,9 @@ def no_library(select, monkeypatch):
     monkeypatch.setattr(kernels, "library", missing)
 
 
-def test_without_it_the_reference_copies(no_library):
+def test_without_it_there_is_no_engine(no_library):
     engine = kernels.select("cpu")
-    assert engine.name == "reference" and "cannot be loaded" in engine.reason
+    assert engine.name == "none" and engine.copy_plan is None and "cannot be loaded" in engine.reason
 
 
 def test_without_it_a_plan_says_what_to_do(no_library):
@@ -130,7 +130,7 @@ def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
     kernels.select.cache_clear()
     engine = kernels.select("cpu")
     kernels.select.cache_clear()
-    assert engine.name == "reference" and "self-check" in engine.reason
+    assert engine.name == "none" and "self-check" in engine.reason
 
 
 def test_nothing_is_decided_while_a_graph_is_captured(select, monkeypatch):

@@ -59,5 +59,5 @@ def test_lengths_that_are_their_own_destination(device):
 
 
 def test_an_engine_that_only_copies_stays_one(device):
-    engine = verified(kernels.Engine("reference", reference.copy_plan))
+    engine = verified(kernels.Engine("sgl_kernel", kernels._native_plan))
     assert engine.generate_plan is None and engine.generate_draft_extend is None
