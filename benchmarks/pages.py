@@ -30,7 +30,7 @@ SHOWN = {
     ),
     "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
     "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
-}  # fmt: skip
+}
 
 
 def load(what: str, of: str) -> dict:
@@ -63,7 +63,7 @@ def server(of: str) -> str:
         refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
         gpu = graph.get(case["name"])
         rows.append([case["name"], *spread, f"{case['ratio']:.2f}", *refreshes,
-                     f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else ""])  # fmt: skip
+                     f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else ""])
     header = ["case", "step ms, sglang", "with the plugin", "ratio", "draft us", "verify us", "extend us", "draft graph, GPU ms"]
     return rows_of(header, rows)
 
@@ -76,7 +76,7 @@ def replay(of: str) -> str:
         gpu, launches, syncs = (others[metric][case["name"]] for metric in ("gpu_us", "launches", "syncs"))
         rows.append([case["name"], f"{case['upstream']:.0f} → {case['ours']:.0f}", f"{case['ratio']:.1f}",
                      f"{gpu['upstream']:.1f} → {gpu['ours']:.1f}", f"{launches['upstream']:.0f} → {launches['ours']:.0f}",
-                     f"{syncs['upstream']:.0f} → {syncs['ours']:.0f}"])  # fmt: skip
+                     f"{syncs['upstream']:.0f} → {syncs['ours']:.0f}"])
     return rows_of(["case", "host us", "ratio", "GPU us", "GPU operations", "syncs"], rows)
 
 

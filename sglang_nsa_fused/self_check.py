@@ -37,7 +37,7 @@ def generate(generate_plan: Callable, device: str) -> None:
             req_to_token=pool, bs=BS, rows=rows, num_draft_tokens=draft_tokens, nsa_index_topk=100, page_size=64,
             segment_len=64, extra_last=False, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(),
             topk_buckets=((10, 1), (100, 2)),
-        )  # fmt: skip
+        )
         for num_dst in (1, 2):  # a kernel of its own for one
             got, expected = ([_poisoned(shapes, device) for _ in range(num_dst)] for _ in range(2))
             generate_plan(mode, values, got)(seq_lens, slots, None, BS)

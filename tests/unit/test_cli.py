@@ -9,7 +9,7 @@ from sglang_nsa_fused.settings import ALLOWLIST, GATE
 
 CHECKS = [
     "Python", "torch", "tvm-ffi", "sglang", "entry point", "loader", "allowlist", "gate", "library", "GPU", "upstream names",
-]  # fmt: skip
+]
 
 
 def doctor(**env):
