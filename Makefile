@@ -1,6 +1,7 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
 # make test  the tests, the kernels emulated on the host, then those with real sglang classes once for each sglang release;
 #            ARGS instead: pytest with these alone
+# make lint  ruff and mypy, clang-format, and the compiler's warnings; make format lets them write
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
@@ -13,7 +14,9 @@ SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find csrc patches/sgl
 CPU_ONLY := $(if $(CUDACXX)$(shell command -v nvcc),,--config-settings=cmake.define.NSA_FUSED_CPU_ONLY=ON)
 HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("$(1)") else "")')
 
-.PHONY: run test e2e clean
+CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
+
+.PHONY: run test lint format e2e clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -26,6 +29,18 @@ else
 	$(VENV)/bin/pytest $(ARGS)
 endif
 
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(CXX) -std=c++17 -fsyntax-only -Wall -Wextra -Werror $(addprefix -isystem ,$(shell $(VENV)/bin/python -c \
+	  'from tvm_ffi import libinfo; print(libinfo.find_include_path(), libinfo.find_dlpack_include_path())')) csrc/*.cc
+
+format: $(VENV)/lint
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CSRC)
+
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
 
@@ -36,6 +51,10 @@ $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 	$(VENV)/bin/pip install -r $@.txt
 	grep -vE '$(if $(call HAS,torch),^torchvision==,^$$)$(if $(call HAS,sglang),|^(sglang|xgrammar)==)' requirements-test-nodeps.txt >$@.txt
 	$(VENV)/bin/pip install --no-deps -r $@.txt
+	touch $@
+
+$(VENV)/lint: $(VENV)/packages requirements-lint.txt
+	$(VENV)/bin/pip install --no-deps -r requirements-lint.txt
 	touch $@
 
 $(VENV)/plugin: $(VENV)/packages $(SOURCES)

@@ -39,12 +39,12 @@ class Workload:
                 numbers(bs), numbers(bs + 1), numbers(bs, WIDTH), numbers(bs), None, numbers(bs + 1),
                 numbers(bs, (WIDTH + 63) // 64),
                 *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
-            )  # fmt: skip
+            )
 
         self.sources = (
             numbers(bs), numbers(bs + 1), numbers(bs, columns), numbers(bs), None, numbers(bs + 1), numbers(bs, pages),
             *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
-        )  # fmt: skip
+        )
         self.destinations = [captured() for _ in range(num_dst)]
         self.sizes = (bs, columns, columns, bs)
         # Read once, written once for each destination; element 0 of cumulative lengths does not move.

@@ -78,7 +78,7 @@ def server(of: str) -> str:
         refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
         gpu = graph.get(case["name"])
         rows.append([case["name"], *spread, f"{case['ratio']:.2f}", *refreshes,
-                     f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else ""])  # fmt: skip
+                     f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else ""])
     header = ["case", "step ms, sglang", "with the plugin", "ratio", "draft us", "verify us", "extend us", "draft graph, GPU ms"]
     return rows_of(header, rows)
 

@@ -31,7 +31,7 @@ __device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const Genera
   for (int i = threadIdx.x; i < p.bs; i += kThreads) {
     const Request r = request(p, dst.len_offset, i);
     for (int row = 0; row < r.rows; ++row)
-      for (int b = 0; b < buckets.size && static_cast<uint32_t>(r.len(row)) > buckets.threshold[b]; ++b)
+      for (int b = 0; b < buckets.size && buckets.threshold[b] < static_cast<uint32_t>(r.len(row)); ++b)
         atomicAdd(&shared.longer[b], 1u);
   }
   __syncthreads();

@@ -141,7 +141,7 @@ def replay(multi, batch: SimpleNamespace) -> None:
 def graph_backend(
     cls: type, module: types.ModuleType, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int,
     mode: str, capture_bs: list[int], flashmla: bool = False,
-):  # fmt: skip
+):
     """A step backend as a graph runner holds it: captured for each batch size in this ForwardMode.
 
     Its `graph_lens` and `graph_slots` are the runner's buffers [max(capture_bs)].
@@ -170,7 +170,7 @@ def capture(backend, module: types.ModuleType, release: Release, mode: str, bs: 
 def graph_batch(
     backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = (),
     accepted_dtype: torch.dtype = torch.int32,
-) -> dict:  # fmt: skip
+) -> dict:
     """The arguments of `replay_graph`, from the runner's buffers, padded to bs as upstream's runners pad."""
     raw, device = len(slots), backend.graph_lens.device
     lengths = lengths + [1] * (bs - raw)

@@ -19,7 +19,7 @@ from sglang_nsa_fused.settings import Settings
 # Views and allocations move no data; they cost host time, which is measured, and no operation.
 _NO_DATA = ("aten::slice", "aten::select", "aten::view", "aten::empty", "aten::alias", "aten::t", "aten::unsqueeze",
             "aten::expand", "aten::as_strided", "aten::detach", "aten::lift_fresh", "aten::_local_scalar_dense",
-            "aten::split_with_sizes")  # fmt: skip
+            "aten::split_with_sizes")
 
 
 class _Operations(TorchDispatchMode):
@@ -81,7 +81,7 @@ def verify(setting: Setting, side: str) -> Refresh:
     backend = bare.graph_backend(
         setting.classes[side][0], setting.module, setting.release, setting.device, setting.pool, setting.draft_tokens,
         "TARGET_VERIFY", setting.capture_bs, setting.flashmla,
-    )  # fmt: skip
+    )
 
     def prepare(slots, lengths, bs):
         batch = bare.graph_batch(backend, setting.module, "TARGET_VERIFY", slots, lengths, bs)

@@ -46,7 +46,7 @@ def _outcome(check: Callable[[], str]) -> tuple[bool, str]:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - pip refuses an older one, PYTHONPATH does not
         raise plugin.Unsupported(f"{sys.version.split()[0]}; use Python 3.10 or newer")
     return sys.version.split()[0]
 

@@ -32,6 +32,7 @@ class DraftExtend:
         )
 
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
+        assert engine.generate_draft_extend is not None  # with another engine upstream makes it
         self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
         self._page_size = getattr(backend, release.page_size)
         self._draft_tokens = getattr(backend, release.draft_tokens)
@@ -54,7 +55,7 @@ class DraftExtend:
         of_batch = {"indexer_seq_lens_cpu": "seq_lens_cpu", "indexer_seq_lens": "seq_lens"}  # not in every release
         self._of_batch = [(name, of) for name, of in of_batch.items() if name in self._same]
         self._lens_2d = release.captured_lens_2d
-        self._build_plan = getattr(backend, release.build_topk_v2_plan) if release.topk_v2_plan else None
+        self._build_plan = getattr(backend, release.build_topk_v2_plan) if release.build_topk_v2_plan else None
         self._floor, self._v2_schedule = release.floor, release.v2_schedule
         self._topk_v2_plan = release.topk_v2_plan
 
@@ -87,12 +88,11 @@ class DraftExtend:
             max(self._num_sms, 1),
             self._floor,
         )
-        schedule, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split_with_sizes(sizes)
+        planned, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split_with_sizes(sizes)
         flashmla = self._planners.flashmla_for(self._backend, nsa_lens) if self._flashmla else None
-        if form is not NO_FORM:
-            schedule = schedule.view(-1, 2)
-        else:
-            schedule = self._planners.schedule(expanded, bs) if scheduled else None
+        schedule = planned.view(-1, 2) if form is not NO_FORM else None
+        if scheduled and schedule is None:
+            schedule = self._planners.schedule(expanded, bs)
         arange = self._aranges.get(rows)
         if arange is None:
             arange = self._aranges[rows] = self._backend.get_device_int32_arange(rows + 1)

@@ -188,7 +188,7 @@ def _native_draft_extend() -> Callable:
     return generate
 
 
-def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence[Optional[torch.Tensor]]]) -> Callable:
+def _sgl_kernel_plan(mode: int, destinations: Sequence[Sequence]) -> Callable:
     from sgl_kernel import fused_metadata_copy_cuda as copy_one
 
     def replay(*args):

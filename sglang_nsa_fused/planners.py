@@ -56,7 +56,7 @@ class Planners:
     def _deep_gemm(self) -> tuple[Callable, Callable]:
         """(get_paged_mqa_logits_metadata, get_num_sms), as upstream finds them."""
         release, module = self._release, self._module
-        if release.schedule_function is not None:
+        if release.schedule_function is not None and release.num_sms is not None:
             return getattr(module, release.schedule_function)(), getattr(module, release.num_sms)
         import deep_gemm
 
@@ -134,6 +134,7 @@ class Planners:
         """The buckets with which our plan of the top-k is upstream's for so many rows; none of them where upstream leaves
         the plan of so many rows unwritten, and reads none; None: use theirs."""
         if rows not in self._topk_buckets:
+            assert self._release.build_topk_v2_plan is not None  # nobody else asks
             build = getattr(backend, self._release.build_topk_v2_plan)
             vectors = bucket_vectors(rows, backend.device)
             expected = [(lengths.cpu(), _built_over_poison(build, lengths)) for lengths in vectors]

@@ -64,15 +64,17 @@ def _signatures(backend: str, multi_step: str, of_backend: dict, of_multi_step: 
     }
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _STATE = {"init_cuda_graph_state": ("self", "max_bs", "max_num_tokens")}
 _PRECOMPUTED = {"init_forward_metadata_replay_cuda_graph_from_precomputed": ("self", "bs", "precomputed", "forward_mode")}
 _PRECOMPUTE = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode")
 _CAPTURE = ("self", "bs", "num_tokens", "req_pool_indices", "seq_lens", "encoder_lens", "forward_mode", "spec_info")
-_REPLAY = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_sum", "encoder_lens", "forward_mode", "spec_info",
-           "seq_lens_cpu", "out_cache_loc")  # fmt: skip
+_REPLAY = _names("self bs req_pool_indices seq_lens seq_lens_sum encoder_lens forward_mode spec_info seq_lens_cpu out_cache_loc")
 _OUT_GRAPH = ("self", "forward_batch", "in_capture")
-_APPLY = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode", "spec_info", "out_cache_loc",
-          "actual_forward_mode")  # fmt: skip
+_APPLY = _names("self bs req_pool_indices seq_lens seq_lens_cpu forward_mode spec_info out_cache_loc actual_forward_mode")
 _BUILD = ("self", "bs", "num_tokens", *_APPLY[2:])
 
 _NSA_CLASSES = ("NativeSparseAttnBackend", "NativeSparseAttnMultiStepBackend")
@@ -112,9 +114,7 @@ def _dsa_signatures(precompute: tuple, arange: str, more: dict) -> dict:
             "_build_forward_metadata_cuda_graph": _BUILD,
             "_apply_cuda_graph_metadata": _APPLY,
             "_precompute_replay_metadata": precompute,
-            "_build_paged_mqa_schedule_2d_ctx_lens": (
-                "self", "forward_mode", "cache_seqlens_int32", "seqlens_expanded", "batch_size",
-            ),  # fmt: skip
+            "_build_paged_mqa_schedule_2d_ctx_lens": _names("self forward_mode cache_seqlens_int32 seqlens_expanded batch_size"),
             "init_forward_metadata": ("self", "forward_batch"),
             "get_device_int32_arange": ("self", arange),
             "set_dsa_prefill_impl": ("self", "forward_batch"),
@@ -132,13 +132,12 @@ NSA_0_5_7 = Release(
     backend=_NSA_CLASSES[0],
     multi_step=_NSA_CLASSES[1],
     names="nsa",
-    precomputed=(
-        "cache_seqlens", "cu_seqlens_k", "page_indices", "nsa_cache_seqlens", "seqlens_expanded", "nsa_cu_seqlens_k",
-        "real_page_table",
+    precomputed=_names(
+        "cache_seqlens cu_seqlens_k page_indices nsa_cache_seqlens seqlens_expanded nsa_cu_seqlens_k real_page_table"
     ),
-    captured=(
-        "cache_seqlens_int32", "cu_seqlens_k", "page_table_1", "nsa_cache_seqlens_int32", "nsa_seqlens_expanded",
-        "nsa_cu_seqlens_k", "real_page_table",
+    captured=_names(
+        "cache_seqlens_int32 cu_seqlens_k page_table_1 nsa_cache_seqlens_int32 nsa_seqlens_expanded nsa_cu_seqlens_k "
+        "real_page_table"
     ),
     metadata="NSAMetadata",
     captured_lens_2d=None,
@@ -168,7 +167,7 @@ NSA_0_5_7 = Release(
     draft_schedule=False,
     flags_by_phase=False,
     signatures=_nsa_signatures(_REPLAY, {}),
-)  # fmt: skip
+)
 NSA_0_5_11 = replace(NSA_0_5_7, versions=("0.5.11",), accepted="num_accepted_tokens", flashmla_heads="flashmla_kv_num_q_heads")
 NSA_0_5_12 = replace(
     NSA_0_5_11,
@@ -226,10 +225,8 @@ DSA_0_5_15 = replace(
 _KPOOL = {
     "_copy_base_replay_buffers": ("self", "bs", "metadata", "precomputed", "forward_mode"),
     "_update_kpool_metadata_from_precomputed": ("self", "metadata", "precomputed", "forward_mode"),
-    "_update_kpool_metadata_replay": (
-        "self", "metadata", "seq_lens", "req_pool_indices", "forward_mode", "effective_n_per_batch",
-    ),
-}  # fmt: skip
+    "_update_kpool_metadata_replay": _names("self metadata seq_lens req_pool_indices forward_mode effective_n_per_batch"),
+}
 DSA_0_5_20 = replace(
     DSA_0_5_15,
     versions=("0.5.20", "0.5.21"),
@@ -249,19 +246,18 @@ DSA_0_5_23 = replace(DSA_0_5_22, versions=("0.5.23",), kv_shard_pool="_kv_shard_
 RELEASES = (
     NSA_0_5_7, NSA_0_5_11, NSA_0_5_12, DSA_0_5_13, DSA_0_5_14, DSA_0_5_15, DSA_0_5_20, DSA_0_5_22,
     DSA_0_5_23,
-)  # fmt: skip
+)
 
 
 # Of the newest release's metadata. One that is added later is something to refresh that nothing here knows.
-NEWEST_FIELDS = frozenset((
-    "cache_seqlens_int32", "cu_seqlens_k", "cu_seqlens_q", "dsa_cache_seqlens_int32", "dsa_cu_seqlens_k", "dsa_cu_seqlens_q",
-    "dsa_extend_seq_lens_list", "dsa_max_seqlen_q", "dsa_seqlens_expanded", "flashmla_metadata", "indexer_k_start_end",
-    "indexer_logical_page_table", "indexer_seq_lens", "indexer_seq_lens_cpu", "kpool_extend_plan", "kpool_write_plan",
-    "max_seq_len_k", "max_seq_len_q", "page_size", "page_table_1", "page_table_1_flattened", "paged_mqa_ctx_lens_2d",
-    "paged_mqa_schedule_metadata", "pooled_cache_seqlens_int32", "pooled_index_kpool", "pooled_paged_mqa_schedule_metadata",
-    "pooled_real_page_table", "pooled_topk_v2_plan", "real_page_table", "seq_lens_sum", "token_to_batch_idx",
-    "topk_indices_offset", "topk_v2_plan",
-))  # fmt: skip
+NEWEST_FIELDS = frozenset(_names(
+    "cache_seqlens_int32 cu_seqlens_k cu_seqlens_q dsa_cache_seqlens_int32 dsa_cu_seqlens_k dsa_cu_seqlens_q "
+    "dsa_extend_seq_lens_list dsa_max_seqlen_q dsa_seqlens_expanded flashmla_metadata indexer_k_start_end "
+    "indexer_logical_page_table indexer_seq_lens indexer_seq_lens_cpu kpool_extend_plan kpool_write_plan max_seq_len_k "
+    "max_seq_len_q page_size page_table_1 page_table_1_flattened paged_mqa_ctx_lens_2d paged_mqa_schedule_metadata "
+    "pooled_cache_seqlens_int32 pooled_index_kpool pooled_paged_mqa_schedule_metadata pooled_real_page_table "
+    "pooled_topk_v2_plan real_page_table seq_lens_sum token_to_batch_idx topk_indices_offset topk_v2_plan"
+))
 
 
 def find(version: str) -> Release | None:
@@ -293,7 +289,7 @@ def unknown_names(release: Release, module) -> list[str]:
     read = (
         release.page_size, release.req_to_token, release.draft_tokens, release.index_topk, release.decode_impl, release.kpool,
         release.flashmla_heads, release.kv_shard_pool,
-    )  # fmt: skip
+    )
     added = [f"{release.metadata}.{name} is new" for name in sorted(fields - NEWEST_FIELDS)]
     return added + [f"{release.backend}.{name} is gone" for name in read if name and name not in named]
 

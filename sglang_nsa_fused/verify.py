@@ -21,23 +21,25 @@ def verified(engine: Engine) -> Engine:
         return _compared(engine.copy_plan(mode, destinations), _copy, mode, destinations)
 
     def generate_plan(mode: int, values: Values, destinations: Sequence) -> Callable:
+        assert engine.generate_plan is not None
         return _compared(engine.generate_plan(mode, values, destinations), _generation(values), mode, destinations)
 
     def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
         draft_tokens, topk, page_size, segment_len, extra_last, num_sms, row_floor = sizes
         pages = (cols + page_size - 1) // page_size
         parts = workspace_sizes(bs, rows, cols, pages, 2 * (num_sms + 1) if segment_len else 0)
-        schedule, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, parts)
-        schedule = schedule.view(-1, 2) if segment_len else None
+        planned, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, parts)
+        schedule = planned.view(-1, 2) if segment_len else None
         table, real_table = table.view(rows, cols), real_table.view(rows, pages)
         destination = Destination(lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, paged_mqa_schedule=schedule)
         values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, extra_last, row_floor=row_floor)
 
         def generate(*batch) -> None:
+            assert engine.generate_draft_extend is not None
             engine.generate_draft_extend(*batch, req_to_token, workspace, rows, cols, *sizes)
 
-        generate = _compared(generate, _generation(values), reference.DRAFT_EXTEND, [destination])
-        generate(seq_lens, req_pool_indices, extend_lens, bs)
+        compared = _compared(generate, _generation(values), reference.DRAFT_EXTEND, [destination])
+        compared(seq_lens, req_pool_indices, extend_lens, bs)
 
     return engine._replace(
         copy_plan=copy_plan if engine.copy_plan else None,

@@ -60,4 +60,4 @@ BAD = [
     (TARGET_VERIFY, change(SRC + EXPANDED, None), ValueError, "seqlens_expanded_src: expected an int32 tensor"),
     (TARGET_VERIFY, change(DST + EXPANDED, lambda _, a: a[DST + NSA]), ValueError, "seqlens_expanded_dst: .*overlaps|nsa_cache_seqlens_dst: .*overlaps"),
     (DRAFT_EXTEND, change(DST + EXPANDED, lambda t, _: t[:7]), ValueError, r"seqlens_expanded_dst: .*\[8\], got \[7\]"),
-]  # fmt: skip
+]

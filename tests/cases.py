@@ -97,7 +97,7 @@ def make(
         numbers(size + 1) if flashmla else None,
         numbers(132, 8) if flashmla else None,
         numbers(133, 2) if schedule else None,
-    ]  # fmt: skip
+    ]
     shapes = [(bs,), (bs + 1,), (n, columns), (n,), (n,), (n + 1,), (n, page_columns), (n + 1,), (132, 8), (133, 2)]
     pitches = {2: width, 6: (width + 63) // 64 + 1}
     destinations, buffers = [], []

@@ -98,7 +98,7 @@ def make(
     pool = torch.randint(-(2**31), 2**31, (2 * bs + 1, pool_width), generator=generator).to(torch.int32)
     slots = torch.randperm(2 * bs + 1, generator=generator)[:bs]
     shapes = [(captured_bs,), (captured_bs + 1,), (rows, width), (rows,), (rows,), (rows + 1,),
-              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1), (rows + 1, 2)]  # fmt: skip
+              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1), (rows + 1, 2)]
     pitches = {2: width + 5, 6: (width + 63) // 64 + 1}
     destinations, buffers = [], []
     for number in range(num_dst):
@@ -118,7 +118,7 @@ def make(
         pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len, extra_last,
         plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, topk_buckets,
         len_offsets,
-    )  # fmt: skip
+    )
     batch = (
         seq_lens.to(length_dtype).to(device),
         slots.to(slot_dtype).to(device),

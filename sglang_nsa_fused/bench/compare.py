@@ -78,7 +78,7 @@ def row(name: str, metric: str, rounds: dict[str, list], **more) -> dict:
         ratio_spread=record.spread([one / other for one, other in whole if other]) if any(ours) else None,
         p=round(p, 6), verdict=verdict(metric, upstream, ours, p),
         rounds={side: [round(value, 4) for value in values[side]] for side in SIDES},
-    )  # fmt: skip
+    )
 
 
 def rows(name: str, rounds: list[dict[str, dict]], **more) -> list[dict]:

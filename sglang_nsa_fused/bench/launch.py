@@ -59,7 +59,7 @@ def prepare(folder: Path, machine: dict, cases: list, options: SimpleNamespace) 
         folder=folder, flags=(*of_model(folder, machine, cases, options), *shlex.split(options.server_flags)),
         port=options.port, loader=machine["loader"], dense_prefill=bool(options.model_path),
         accept_length=options.simulate_acceptance, command=options.server_command,
-    )  # fmt: skip
+    )
 
 
 def real_flags(folder: Path, machine: dict, cases: list, options: SimpleNamespace) -> list:

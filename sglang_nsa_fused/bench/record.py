@@ -14,7 +14,7 @@ def case(name: str, metric: str, upstream: float, ours: float, samples: int, **m
     compare.METRICS."""
     ratio = round(upstream / ours, 3) if ours else None
     return {"name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3), "ratio": ratio,
-            "samples": samples, **more}  # fmt: skip
+            "samples": samples, **more}
 
 
 def spread(values: list[float]) -> list[float]:

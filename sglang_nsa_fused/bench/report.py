@@ -96,8 +96,8 @@ def notes(cases: list[dict], same_tokens: dict[str, dict]) -> list[str]:
     untimed = {one["name"] for one in cases if probed and one["metric"] == "tokens_per_s"} - timed
     found = ["(+): larger is better."] if any(one["metric"] in BETTER_LARGER for one in cases) else []
     found += [
-        f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of {round(1 / LEVEL)} "
-        "rows without any difference one shows such a p by chance."
+        f"A gain or a loss is a difference with p below {LEVEL}, by Wilcoxon's signed-rank test over the rounds; of "
+        f"{round(1 / LEVEL)} rows without any difference one shows such a p by chance."
     ]
     if any(one["samples"] < LEAST_ROUNDS and one["metric"] not in OF_SERVERS for one in cases):
         found.append(f"Fewer than {LEAST_ROUNDS} rounds cannot show a difference.")

@@ -16,7 +16,7 @@ from sglang_nsa_fused.bench.servers import CACHES, Failed
 SMALL = {"context_length": 32_768, "mem_fraction": 0.9, "cache": "bf16"}  # of the small model, unless given
 OF_SERVERS = (
     "draft_steps", "cache", "layers", "experts", "model_path", "context_length", "mem_fraction", "simulate_acceptance", "server_flags",
-)  # fmt: skip
+)
 
 SMALL_MODELS = ("layers", "experts")
 OUTPUTS = ("json", "plot", "log_dir", "commit")

@@ -68,7 +68,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, env=self.env, cwd=self.log.parent, start_new_session=True, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            )
         self.started = time.monotonic()
 
     def is_ready(self) -> bool:
@@ -217,9 +217,8 @@ def machine(site: str = "") -> dict:
         "print(json.dumps([gpu, sglang, torch.__version__, loader]))"
     )
     # Not in the working directory: a folder of that name there would be taken for sglang.
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(False, site), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(False, site), cwd="/", capture_output=True, text=True)
     if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2]
         raise Failed(f"torch and sglang are not both installed: {why}")
@@ -266,7 +265,7 @@ def interrupt(*_):
 
 
 def wait_ready(servers: list[Server], deadline: float) -> None:
-    while not all([server.is_ready() for server in servers]):
+    while not all([server.is_ready() for server in servers]):  # noqa: C419 - every one is asked
         if time.monotonic() > deadline:
             late = next(server for server in servers if server.ready_seconds is None)
             raise Failed(f"{late.name}: the server was not ready in time{late.tail()}")

@@ -235,7 +235,7 @@ def check_same(
     lines = (
         f"request {number}, {len(requests[number].prompt)} tokens, differs at token {at} of {requests[number].output_tokens}, "
         f"where upstream is decided by {nats:.3f} nats" for number, (at, nats) in wrong.items()
-    )  # fmt: skip
+    )
     assert not wrong, f"{what}:\n" + "\n".join(lines)
     return len(found)
 

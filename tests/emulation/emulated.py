@@ -51,7 +51,7 @@ def pytest_configure() -> None:
 
     from sglang_nsa_fused import kernels
 
-    setattr(kernels, "library", functools.lru_cache(None)(lambda: tvm_ffi.load_module(str(build()))))
+    kernels.library = functools.lru_cache(None)(lambda: tvm_ffi.load_module(str(build())))
 
 
 def pytest_report_header() -> str:

@@ -59,7 +59,7 @@ def chunk(ids: list[int], total: int, **meta) -> dict:
 @pytest.mark.parametrize("bodies", [
     [([5], 1), ([5, 6, 7], 3), ([5, 6, 7], 3), ([5, 6, 7, 8], 4)],  # cumulative; one without a new token
     [([5], 1), ([6, 7], 3), ([], 3), ([8], 4)],  # --incremental-streaming-output
-])  # fmt: skip
+])
 def test_chunks_are_put_together(bodies):
     chunks = Chunks()
     for at, (ids, total) in enumerate(bodies):
@@ -72,7 +72,7 @@ def test_chunks_are_put_together(bodies):
     ({"error": {"message": "too long"}}, "too long"),
     (chunk([], 0, finish_reason={"type": "abort", "message": "no memory"}), "no memory"),
     ({"text": "hello"}, "hello"),
-])  # fmt: skip
+])
 def test_an_error_in_place_of_tokens_is_not_measured(body, said):
     with pytest.raises(Refused, match=said):
         Chunks().add(0, body)
@@ -109,7 +109,7 @@ def test_rounds_that_do_not_agree_show_nothing():
     ("tokens_per_s", 1, 2, 0.01, "gain"),
     ("tokens_per_s", 2, 1, 0.01, "loss"),
     ("tpot_ms", 2, 1, 0.05, "no difference shown"),
-])  # fmt: skip
+])
 def test_verdicts(metric, upstream, ours, p, said):
     assert compare.verdict(metric, [upstream] * 6, [ours] * 6, p) == said
 
@@ -129,7 +129,7 @@ def test_tokens_are_compared_one_by_one():
     assert compare.same_tokens([same, other], repeats) == (False, "round 2, request 1, token 1: 2 and 5")
     assert compare.same_tokens([same], repeats | {"ours": [((1, 2),)] * 3}) == (
         False, "repeats, request 0, token 2: 3 and nothing",
-    )  # fmt: skip
+    )
 
 
 def test_tokens_are_not_compared_where_it_says_nothing():
@@ -175,7 +175,7 @@ def test_host_times_of_replays_can_be_drawn(tmp_path):
     cases = [
         {"name": f"{kind}-n4-bs{bs}-len{length}", "metric": "host_us", "upstream": 400, "ours": 10 * bs}
         for kind in ("draft", "verify") for bs in (16, 2) for length in (512, 4096)
-    ]  # fmt: skip
+    ]
     groups, length = plots.by_batch(cases)
     assert length == 512 and set(groups) == {"draft-n4", "verify-n4"}
     assert sorted(bs for bs, _ in groups["draft-n4"]) == [2, 16]

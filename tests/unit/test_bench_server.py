@@ -96,7 +96,7 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
     assert {key: found[key] for key in ("schema", "what", "gpu", "sglang", "torch", "plugin", "commit", "mode")} == {
         "schema": 1, "what": "server", "gpu": "Fake H100", "sglang": "0.5.12.post1", "torch": "2.11.0",
         "plugin": sglang_nsa_fused.__version__, "commit": None, "mode": "interleaved",
-    }  # fmt: skip
+    }
     assert found["same_tokens"] == {name: {"same": True, "why": ""} for name in ("bs1-len64", "bs2-len64")}
     cases = bench.cases()
     assert {metric for name, metric in cases if name == "bs2-len64"} == METRICS | {"gpu_draft_us"}
@@ -272,7 +272,7 @@ def test_a_port_that_is_taken(bench, mode):
     ({"NO_LINE": "1"}, "on: the plugin is not active"),
     ({"LINE_TOO": "1"}, "off: the plugin is active, and must not be"),
     ({"FALLBACK": "on"}, "on: the server fell back: Warning: fused metadata copy kernel not available"),
-])  # fmt: skip
+])
 def test_the_plugin_on_the_wrong_side(bench, fakes, said):
     result = bench(**fakes)
     assert result.exit_code == 1
@@ -283,7 +283,7 @@ def test_the_plugin_on_the_wrong_side(bench, fakes, said):
 @pytest.mark.parametrize("site, said", [
     ({"gpu": False}, "no GPU: torch.cuda.is_available() is False"),
     ({"sglang": "0.5.6"}, "sglang 0.5.6 is not supported; supported are 0.5.7 to "),
-])  # fmt: skip
+])
 def test_a_machine_that_runs_no_server(bench, tmp_path, site, said):
     result = bench(site=stub_site(tmp_path / "other", **site))
     assert result.exit_code == 1
@@ -379,7 +379,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_measured(bench, number, chi
     (["--json", "/tmp"], ["--json", "it is a folder"]),
     (["--plot", "/dev/null/a.png"], ["--plot", "cannot be written"]),
     (["--log-dir", "/dev/null"], ["--log-dir", "cannot be written"]),
-])  # fmt: skip
+])
 def test_bad_options_are_named(arguments, said):
     result = CliRunner().invoke(app, ["bench", "server", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert result.exit_code == 2
@@ -408,7 +408,7 @@ def serving_result(**more) -> dict:
         "backend": "sglang", "dataset_name": "random", "request_rate": float("inf"), "max_concurrency": 8,
         "random_input_len": 1024, "random_output_len": 128, "output_throughput": 500.0, "median_ttft_ms": 90.0,
         "median_tpot_ms": 9.0, "median_itl_ms": 8.0, "p99_itl_ms": 30.0, "accept_length": 2.5, **more,
-    }  # fmt: skip
+    }
 
 
 def write_lines(path: Path, results: list[dict]) -> Path:
@@ -439,7 +439,7 @@ def test_results_of_bench_serving_are_read_and_paired(bench, tmp_path):
     ("[1]\n", "on.jsonl:1: expected a result of bench_serving, and it has no JSON"),
     (json.dumps(serving_result(output_throughput="fast")), "on.jsonl:1: expected a result .* no output_throughput"),
     (None, "on.jsonl: No such file or directory"),
-])  # fmt: skip
+])
 def test_files_that_do_not_pair(bench, tmp_path, on, said):
     if on is not None:
         (tmp_path / "on.jsonl").write_text(on)

@@ -11,7 +11,7 @@ from sglang_nsa_fused.settings import ALLOWLIST, GATE, KEEP_WIDE_TABLE
 
 CHECKS = [
     "Python", "torch", "tvm-ffi", "sglang", "entry point", "loader", "allowlist", "gate", "library", "GPU", "upstream names",
-]  # fmt: skip
+]
 
 
 def doctor(**env):

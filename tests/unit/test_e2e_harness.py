@@ -40,7 +40,7 @@ class Run:
         self.process = subprocess.Popen(
             list(map(str, command)), env=os.environ | env, cwd=HERE.parents[1], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
     def result(self) -> tuple[str, str]:
         """The summary line and all output."""

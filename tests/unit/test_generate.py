@@ -292,7 +292,7 @@ def test_padding_may_name_a_slot_outside_the_pool(device, mode, slot, slot_dtype
     ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7 for request 1 of length 2"),
     ([0, 1, 2], [4, 4, 5], "extend_lens: expected at most the captured 12 rows, got 13"),
     ([0, 1, 2], [1, 2**31 - 1, 0], "extend_lens: expected at most the captured 12 rows, got 2147483648"),
-])  # fmt: skip
+])
 def test_what_only_the_device_sees(request, slots, extend, text):
     """On the CPU an error before anything is written; on a GPU, and emulated, a trap."""
     case = make("cpu", DRAFT_EXTEND, lengths=[300 - 4, 2 - 4, 64])

@@ -152,7 +152,7 @@ GOOD = dict(rows=12, cols=300, draft_tokens=4, topk=2048, page_size=64, segment_
     ({"page_size": 0}, "page_size: expected 1 or more, got 0"),
     ({"cols": 299}, "workspace: expected 3692 elements for these sizes, got 3704"),
     ({"segment_len": 256}, "workspace: expected 3708 elements for these sizes, got 3704"),
-])  # fmt: skip
+])
 def test_sizes_of_a_draft_extend_without_a_graph(device, change, text):
     case = make(device, DRAFT_EXTEND)
     *batch, bs = case.batch

@@ -22,7 +22,8 @@ def test_servers_that_differ_in_a_flag_alone_come_one_after_the_other():
     of = [Configuration(4, cache, layers, one_core, False) for cache in ("bf16", "fp8") for layers in (3, 8) for one_core in (False, True)]
     names = [one.named(f"bs{bs}-len64-") for one in of for bs in (1, 16)]
     assert names[:4] == ["n4-bs1-len64-bf16", "n4-bs16-len64-bf16", "n4-bs1-len64-bf16-1core", "n4-bs16-len64-bf16-1core"]
-    assert sorted(reversed(names), key=parse) == names
+    backwards = names[::-1]
+    assert sorted(backwards, key=parse) == names
 
 
 def test_names_of_refreshes_old_and_new():

@@ -25,8 +25,10 @@ def test_the_patch_has_added_lines_alone():
 TREE = {
     "CMakeLists.txt": 'set(SOURCES\n    "csrc/attention/cutlass_mla_kernel.cu"\n    "csrc/other.cu"\n)\n',
     "csrc/common_extension.cc": '  m.def("cutlass_mla_get_workspace_size", &size);\n  m.def("other");\n',
-    "include/sgl_kernel_ops.h": "int64_t cutlass_mla_get_workspace_size(\n    int64_t max_seq_len,\n    int64_t bs);\nvoid other();\n",
-    "python/sgl_kernel/__init__.py": "if True:\n    from sgl_kernel.expert_specialization import (\n        one,\n    )\n    other = 1\n",
+    "include/sgl_kernel_ops.h": "int64_t cutlass_mla_get_workspace_size(\n    int64_t max_seq_len,\n    int64_t bs);\n"
+    "void other();\n",
+    "python/sgl_kernel/__init__.py": "if True:\n    from sgl_kernel.expert_specialization import (\n        one,\n    )\n"
+    "    other = 1\n",
     "csrc/attention/other.cu": "",
     "python/sgl_kernel/other.py": "",
 }
