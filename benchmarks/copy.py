@@ -1,6 +1,6 @@
 """The copy alone: ours against individual copies and against upstream's fused kernel, interleaved in one run.
 
-    python -m benchmarks.copy
+python -m benchmarks.copy
 """
 
 import statistics
@@ -36,13 +36,24 @@ class Workload:
 
         def captured():
             return (
-                numbers(bs), numbers(bs + 1), numbers(bs, WIDTH), numbers(bs), None, numbers(bs + 1),
+                numbers(bs),
+                numbers(bs + 1),
+                numbers(bs, WIDTH),
+                numbers(bs),
+                None,
+                numbers(bs + 1),
                 numbers(bs, (WIDTH + 63) // 64),
                 *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
             )
 
         self.sources = (
-            numbers(bs), numbers(bs + 1), numbers(bs, columns), numbers(bs), None, numbers(bs + 1), numbers(bs, pages),
+            numbers(bs),
+            numbers(bs + 1),
+            numbers(bs, columns),
+            numbers(bs),
+            None,
+            numbers(bs + 1),
+            numbers(bs, pages),
             *((numbers(bs + 1), numbers(132, 8)) if flashmla else (None, None)),
         )
         self.destinations = [captured() for _ in range(num_dst)]
@@ -171,7 +182,9 @@ def main(
                 upstream, ours = statistics.median(sides[opponent]), statistics.median(sides["ours"])
                 more = {"share_of_copy_rate": round(share, 3)} if metric == "gpu_us" else {}
                 cases.append(record.case(f"vs-{opponent}-{name}", metric, upstream, ours, len(sides["ours"]), **more))
-        row = [", ".join(f"{statistics.median(found[m][s]):.1f}" for s in ("copies", "jit", "ours")) for m in ("host_us", "gpu_us")]
+        row = [
+            ", ".join(f"{statistics.median(found[m][s]):.1f}" for s in ("copies", "jit", "ours")) for m in ("host_us", "gpu_us")
+        ]
         table.add_row(name, *row, f"{share:.0%}")
         del workload
     console.print(table)

@@ -64,7 +64,13 @@ class Server(servers.Server):
         env |= {"CUDA_VISIBLE_DEVICES": gpu, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         flags = servers.flags(args.release, args.draft_steps, args.cache, args.batch)
         flags += ["--model-path", args.model_path, "--context-length", args.context_length]
-        flags += ["--mem-fraction-static", hundredths / 100, "--max-running-requests", args.batch, *shlex.split(args.server_flags)]
+        flags += [
+            "--mem-fraction-static",
+            hundredths / 100,
+            "--max-running-requests",
+            args.batch,
+            *shlex.split(args.server_flags),
+        ]
         super().__init__(f"{side}-{hundredths}", port, flags, env, args.log_dir, args.server_command)
 
     @property
@@ -150,7 +156,7 @@ def attempt(tries: list[tuple[str, int]], number: int, results: Results, args) -
         servers.stop(up, float("inf"))
         pool.shutdown()
     for server in up:
-        if not servers.wait(lambda: gpu_memory_mib(server.gpu) < args.memory_before[server.gpu] + 1024, 60):
+        if not servers.wait(lambda gpu=server.gpu: gpu_memory_mib(gpu) < args.memory_before[gpu] + 1024, 60):
             raise Failed(f"GPU {server.gpu}: its memory is still in use after the server was stopped")
     if failures:
         raise failures[0]

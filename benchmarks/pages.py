@@ -31,21 +31,38 @@ FULL_STEPS = (20, 30, 40)  # ms on the GPU, assumed, of a step of a 61-layer mod
 # What the README shows of a release's servers.
 SHOWN = {
     "h100-0.5.12.post1": (
-        "n4-bs1-len512-bf16", "n4-bs8-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16",
-        "n4-bs1-len131072-fp8", "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
+        "n4-bs1-len512-bf16",
+        "n4-bs8-len512-bf16",
+        "n4-bs32-len512-bf16",
+        "n4-bs1-len32768-bf16",
+        "n4-bs1-len131072-bf16",
+        "n4-bs1-len131072-fp8",
+        "n2-bs1-len512-bf16",
+        "n7-bs1-len512-bf16",
+        "n4-bs1-len512-bf16-layers8",
+        "n4-bs1-len512-bf16-1core",
     ),
     "h100-0.5.17": (
-        "n4-bs1-len512-bf16", "n4-bs32-len512-bf16", "n4-bs1-len32768-bf16", "n4-bs1-len131072-bf16", "n4-bs1-len131072-fp8",
+        "n4-bs1-len512-bf16",
+        "n4-bs32-len512-bf16",
+        "n4-bs1-len32768-bf16",
+        "n4-bs1-len131072-bf16",
+        "n4-bs1-len131072-fp8",
     ),
     "h100-0.5.17-steps-layers-core": (
-        "n2-bs1-len512-bf16", "n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core",
+        "n2-bs1-len512-bf16",
+        "n7-bs1-len512-bf16",
+        "n4-bs1-len512-bf16-layers8",
+        "n4-bs1-len512-bf16-1core",
     ),
     "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
     "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
     "h200-0.5.23-wide": (
-        "n5-bs8-len512-width1048576-bf16", "n5-bs64-len512-width1048576-bf16", "n5-bs64-len512-width163840-bf16",
+        "n5-bs8-len512-width1048576-bf16",
+        "n5-bs64-len512-width1048576-bf16",
+        "n5-bs64-len512-width163840-bf16",
     ),
-}  # fmt: skip
+}
 
 
 def load(what: str, of: str) -> dict:
@@ -73,12 +90,21 @@ def server(of: str) -> str:
     host, graph = by_name(results, "host_us"), by_name(results, "gpu_draft_us")
     rows = []
     for case in steps(results).values():
-        spread = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in ("upstream", "ours")]
+        spread = [
+            f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in ("upstream", "ours")
+        ]
         kinds = [host.get(f"{case['name']}-{kind}") for kind in ("draft", "verify", "extend")]
         refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
         gpu = graph.get(case["name"])
-        rows.append([case["name"], *spread, f"{case['ratio']:.2f}", *refreshes,
-                     f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else ""])
+        rows.append(
+            [
+                case["name"],
+                *spread,
+                f"{case['ratio']:.2f}",
+                *refreshes,
+                f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else "",
+            ]
+        )
     header = ["case", "step ms, sglang", "with the plugin", "ratio", "draft us", "verify us", "extend us", "draft graph, GPU ms"]
     return rows_of(header, rows)
 
@@ -171,8 +197,14 @@ def fraction(of: str) -> str:
 
 
 TABLES = {
-    "server": server, "replay": replay, "gain": gain, "estimate": estimate, "models": models, "memory": memory, "fraction": fraction,
-}  # fmt: skip
+    "server": server,
+    "replay": replay,
+    "gain": gain,
+    "estimate": estimate,
+    "models": models,
+    "memory": memory,
+    "fraction": fraction,
+}
 
 
 def page(text: str) -> str:

@@ -1,6 +1,6 @@
 """The pictures of the README and of docs/performance.md, from the committed results.
 
-    python -m benchmarks.plot
+python -m benchmarks.plot
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """`sglang-nsa-fused bench replay` over the cases of this repository's results.
 
-    python -m benchmarks.replay [--out FILE] [--commit COMMIT] [--kind draft,verify,extend] [--draft-steps 3,4,5] [--bs 1,64]
+python -m benchmarks.replay [--out FILE] [--commit COMMIT] [--kind draft,verify,extend] [--draft-steps 3,4,5] [--bs 1,64]
 """
 
 from pathlib import Path

@@ -1,9 +1,10 @@
 """A real sglang server with MTP speculative decoding, with the plugin and without it, interleaved in one run on one GPU.
 
 For each configuration the servers of both sides run at the same time on a small DeepSeek-V3.2 with random weights, or with
---starts one at a time, each alone on its GPU, the sides in turn. They get the same greedy requests. Records the time of a speculative step (step_ms: of the whole request, by its verify steps;
-decode_step_ms: from one draft to the next), the host time of each refresh of metadata (draft, verify, draft extend), the GPU
-time of the draft steps' graph, and hashes of the output ids and of the draft tokens, which must be the same.
+--starts one at a time, each alone on its GPU, the sides in turn. They get the same greedy requests. Records the time of a
+speculative step (step_ms: of the whole request, by its verify steps; decode_step_ms: from one draft to the next), the host time
+of each refresh of metadata (draft, verify, draft extend), the GPU time of the draft steps' graph, and hashes of the output ids
+and of the draft tokens, which must be the same.
 
     python -m benchmarks.server
 """
@@ -207,7 +208,9 @@ def case(name: str, runs: Runs, observed_runs: Runs, batch: int) -> tuple[list[d
     for server in up:
         server.check_log()
     samples = {server: server.samples() for server in up}
-    shas, problems = tokens(name, runs, {server: server.drafts(found[0].start, found[0].end) for server, found in observed_runs.items()})
+    shas, problems = tokens(
+        name, runs, {server: server.drafts(found[0].start, found[0].end) for server, found in observed_runs.items()}
+    )
     steps = {side: statistics.median(run.steps for found in of for run in found) for side, of in by_side(runs).items()}
     step_ms = {server: [run.step_ms for run in found] for server, found in runs.items()}
     results = [result(name, "step_ms", step_ms, verify_steps=steps, **shas)]
@@ -306,7 +309,9 @@ def described(configuration: Configuration, up: list[Server | Side], args) -> di
     found = {"name": configuration.name, "start": "alone" if args.starts else args.start, "at_once": args.at_once}
     settings = ("pairs", "starts", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
     found |= {name: getattr(args, name) for name in settings}
-    found |= {"seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in up}).items()}}
+    found |= {
+        "seconds_to_ready": {side: max(of) for side, of in by_side({server: server.ready_seconds for server in up}).items()}
+    }
     if not configuration.within:
         tables = by_side({server: sides.table_bytes(server.samples()) for server in up})
         found |= {"table_bytes": {side: max(of) for side, of in tables.items() if None not in of}}
@@ -406,7 +411,9 @@ def parse(argv) -> argparse.Namespace:
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
     add("--site", default="", help="PYTHONPATH entries with sglang and the plugin; empty: the current environment")
     add("--pairs", type=int, default=1, metavar="N", help="pairs of servers of each configuration: two processes differ, too")
-    add("--starts", type=int, default=0, metavar="N", help="instead of pairs: one server at a time, so many of each side, in turn")
+    add(
+        "--starts", type=int, default=0, metavar="N", help="instead of pairs: one server at a time, so many of each side, in turn"
+    )
     add("--at-once", type=int, default=1, metavar="N", help="configurations whose servers are up at the same time")
     add("--port", type=int, default=30000, help="the first of two for each server")
     add("--context-length", type=int, default=32768)

@@ -73,8 +73,7 @@ class Reader {
         refuse(name, ": expected a CPU or CUDA tensor, got one on ", to_string(device));
       device_ = device;
     } else if (device.device_type != device_->device_type || device.device_id != device_->device_id) {
-      refuse(name, ": expected a tensor on ", to_string(*device_), " as those before it, got one on ",
-             to_string(device));
+      refuse(name, ": expected a tensor on ", to_string(*device_), " as those before it, got one on ", to_string(device));
     }
   }
 
@@ -93,8 +92,7 @@ inline TopkBuckets read_topk_buckets(ffi::AnyView arg) {
   for (int64_t b = 0; b < size / 2; ++b, ++buckets.size) {
     const int64_t threshold = (*values)[2 * b], most = (*values)[2 * b + 1];
     if (threshold <= last || threshold > INT32_MAX || most < 0 || most > INT32_MAX)
-      refuse("topk_buckets: expected rising thresholds and counts of rows up to ", INT32_MAX, ", got ", threshold, " and ",
-             most);
+      refuse("topk_buckets: expected rising thresholds and counts of rows up to ", INT32_MAX, ", got ", threshold, " and ", most);
     buckets.threshold[b] = static_cast<uint32_t>(last = threshold);
     buckets.most[b] = static_cast<uint32_t>(most);
   }

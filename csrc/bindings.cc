@@ -52,8 +52,7 @@ struct Copy {
     Reader read;
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < num_fields; ++f)
-        if (is_written(f, mode))
-          dst[d * kNumFields + f] = read(args[d * num_fields + f], form_of(f), dst_name(f, d, num_dst));
+        if (is_written(f, mode)) dst[d * kNumFields + f] = read(args[d * num_fields + f], form_of(f), dst_name(f, d, num_dst));
     CopyPlan plan(mode, dst.data(), num_dst);  // before the device is asked for: at least one tensor was given
     return {std::move(plan), read.device()};
   }
@@ -163,15 +162,14 @@ void fused_metadata_copy_multi(ffi::PackedArgs args, ffi::Any*) {
   constexpr int kSizes = (1 + kMultiDestinations) * kMultiFields;
   check_count(args, kSizes + 3, "fused_metadata_copy_multi_cuda");
   const int64_t max_len = read_size(args[kSizes + 1], "max_len");
-  const Sizes sizes{read_size(args[kSizes], "bs"), max_len, max_len,
-                    read_size(args[kSizes + 2], "seqlens_expanded_size")};
+  const Sizes sizes{read_size(args[kSizes], "bs"), max_len, max_len, read_size(args[kSizes + 2], "seqlens_expanded_size")};
   ffi::AnyView full[(1 + kMultiDestinations) * kUpstreamFields];
   for (int set = 0, at = 0; set <= kMultiDestinations; ++set)
     for (int f = 0; f < kUpstreamFields; ++f)
       full[set * kUpstreamFields + f] = f == kSeqlensExpanded ? ffi::AnyView() : args[at++];
   const ffi::PackedArgs dst(full + kUpstreamFields, kMultiDestinations * kUpstreamFields);
-  Copy::make(Mode::kDecode, dst, kUpstreamFields, kMultiDestinations)(ffi::PackedArgs(full, kUpstreamFields),
-                                                                     kUpstreamFields, sizes);
+  Copy::make(Mode::kDecode, dst, kUpstreamFields, kMultiDestinations)(ffi::PackedArgs(full, kUpstreamFields), kUpstreamFields,
+                                                                      sizes);
 }
 
 // Runs a packed function, with what is wrong with an argument as Python's error.
@@ -192,17 +190,15 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
     TVM_FFI_THROW(TypeError) << "copy_plan: expected an owner, a mode and " << std::to_string(kNumFields)
                              << " tensors for each destination, got " << std::to_string(args.size()) << " arguments";
   const Mode mode = to_mode(read_size(args[1], "forward_mode"));
-  const auto copy = std::make_shared<const Copy>(
-      Copy::make(mode, args.Slice(kFirst), kNumFields, (args.size() - kFirst) / kNumFields));
+  const auto copy =
+      std::make_shared<const Copy>(Copy::make(mode, args.Slice(kFirst), kNumFields, (args.size() - kFirst) / kNumFields));
   const auto replay = [copy, owner = ffi::Any(args[0])](ffi::PackedArgs args, ffi::Any*) {
     check_count(args, kNumFields + 4, "copy");
     const Sizes sizes{read_size(args[kNumFields], "bs"), read_size(args[kNumFields + 1], "max_len"),
-                      read_size(args[kNumFields + 2], "max_seqlen_k"),
-                      read_size(args[kNumFields + 3], "seqlens_expanded_size")};
+                      read_size(args[kNumFields + 2], "max_seqlen_k"), read_size(args[kNumFields + 3], "seqlens_expanded_size")};
     (*copy)(args, kNumFields, sizes);
   };
-  *result = ffi::Function::FromPacked(
-      [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
 }
 
 // (owner, forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor,
@@ -212,8 +208,8 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
 void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   constexpr int kFirst = 14, kEach = 1 + kNumGenerated;
   if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
-    TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and "
-                             << std::to_string(kEach) << " for each destination, got " << std::to_string(args.size());
+    TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and " << std::to_string(kEach)
+                             << " for each destination, got " << std::to_string(args.size());
   const Mode mode = to_mode(read_size(args[1], "forward_mode"));
   const GenerateSizes sizes{read_size(args[2], "bs"),
                             read_size(args[3], "rows"),
@@ -242,8 +238,7 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
     Reader read(generate->device);
     (*generate)(read_batch(args, read));
   };
-  *result = ffi::Function::FromPacked(
-      [replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
 }
 
 // (seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols, num_draft_tokens,
@@ -307,13 +302,12 @@ ffi::String cuda_archs() {
 }  // namespace
 }  // namespace nsa_fused
 
-#define NSA_FUSED_EXPORT_PACKED(Name)                                                                             \
-  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##Name(void*, const TVMFFIAny* args, int32_t num_args,              \
-                                                     TVMFFIAny* result) {                                         \
-    TVM_FFI_SAFE_CALL_BEGIN();                                                                                    \
-    const tvm::ffi::PackedArgs packed(reinterpret_cast<const tvm::ffi::AnyView*>(args), num_args);                \
-    nsa_fused::checked(nsa_fused::Name, packed, reinterpret_cast<tvm::ffi::Any*>(result));                        \
-    TVM_FFI_SAFE_CALL_END();                                                                                      \
+#define NSA_FUSED_EXPORT_PACKED(Name)                                                                                     \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##Name(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) { \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                                                            \
+    const tvm::ffi::PackedArgs packed(reinterpret_cast<const tvm::ffi::AnyView*>(args), num_args);                        \
+    nsa_fused::checked(nsa_fused::Name, packed, reinterpret_cast<tvm::ffi::Any*>(result));                                \
+    TVM_FFI_SAFE_CALL_END();                                                                                              \
   }
 
 NSA_FUSED_EXPORT_PACKED(fused_metadata_copy)

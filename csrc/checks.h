@@ -88,8 +88,8 @@ class Written {
  public:
   struct Tensor {
     View view;
-    int f, d;               // field and destination
-    const int32_t* reach;   // the highest end of this one and of all that begin before it
+    int f, d;              // field and destination
+    const int32_t* reach;  // the highest end of this one and of all that begin before it
   };
 
   void add(const View& view, int f, int d) { tensors_.push_back({view, f, d, nullptr}); }
@@ -98,7 +98,7 @@ class Written {
   template <typename NameOf>
   void check_apart(const NameOf& name) {
     std::stable_sort(tensors_.begin(), tensors_.end(),
-              [](const Tensor& a, const Tensor& b) { return a.view.begin() < b.view.begin(); });
+                     [](const Tensor& a, const Tensor& b) { return a.view.begin() < b.view.begin(); });
     const int32_t* reach = nullptr;
     for (auto w = tensors_.begin(); w != tensors_.end(); ++w) {
       for (auto v = w; v != tensors_.begin() && (--v)->reach > w->view.begin();)

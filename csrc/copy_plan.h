@@ -9,9 +9,8 @@
 namespace nsa_fused {
 
 constexpr const char* kSrcName[kNumFields] = {
-    "cache_seqlens_src",     "cu_seqlens_k_src",       "page_indices_src",    "nsa_cache_seqlens_src",
-    "seqlens_expanded_src",  "nsa_cu_seqlens_k_src",   "real_page_table_src", "flashmla_num_splits_src",
-    "flashmla_metadata_src", "paged_mqa_schedule_src"};
+    "cache_seqlens_src",    "cu_seqlens_k_src",    "page_indices_src",        "nsa_cache_seqlens_src", "seqlens_expanded_src",
+    "nsa_cu_seqlens_k_src", "real_page_table_src", "flashmla_num_splits_src", "flashmla_metadata_src", "paged_mqa_schedule_src"};
 inline Name src_name(int f) { return {kSrcName[f]}; }
 
 constexpr bool is_optional(int f) { return f == kRealPageTable || f == kNumSplits || form_of(f) == Form::kWhole; }
@@ -22,8 +21,7 @@ struct Sizes {
 };
 
 inline Mode to_mode(int64_t mode) {
-  if (mode < 0 || mode > 2)
-    refuse("forward_mode: expected 0 (decode), 1 (target verify) or 2 (draft extend), got ", mode);
+  if (mode < 0 || mode > 2) refuse("forward_mode: expected 0 (decode), 1 (target verify) or 2 (draft extend), got ", mode);
   return static_cast<Mode>(mode);
 }
 
@@ -32,8 +30,7 @@ class CopyPlan {
  public:
   // dst: num_dst x kNumFields. What the mode does not write is not looked at.
   CopyPlan(Mode mode, const View* dst, int num_dst) : mode_(mode), num_dst_(num_dst) {
-    if (num_dst < 1 || num_dst > kMaxDestinations)
-      refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", num_dst);
+    if (num_dst < 1 || num_dst > kMaxDestinations) refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", num_dst);
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < kNumFields; ++f)
         if (is_written(f, mode)) add(dst[d * kNumFields + f], f, d);
@@ -54,8 +51,7 @@ class CopyPlan {
     if (decode && s.seqlens_expanded_size != s.bs)
       refuse("seqlens_expanded_size: expected bs = ", s.bs, " in decode, got ", s.seqlens_expanded_size);
     if (mode_ == Mode::kTargetVerify && s.bs > 0 && s.seqlens_expanded_size % s.bs != 0)
-      refuse("seqlens_expanded_size: expected a multiple of bs = ", s.bs, " in target verify, got ",
-             s.seqlens_expanded_size);
+      refuse("seqlens_expanded_size: expected a multiple of bs = ", s.bs, " in target verify, got ", s.seqlens_expanded_size);
   }
 
   // src: kNumFields; sizes: checked, bs not 0. False: nothing to copy.

@@ -89,8 +89,7 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
   for (int i = 0; i < p.bs; ++i) {  // all checks before the first write
     all_rows += p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
     slot_of(p, i);
-    if (all_rows > p.max_rows)
-      refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", all_rows);
+    if (all_rows > p.max_rows) refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", all_rows);
   }
   int32_t table_offset = p.dst[0].len_offset;  // tables, which destinations may share, hold the longest
   for (int d = 1; d < p.num_dst; ++d) table_offset = std::max(table_offset, p.dst[d].len_offset);

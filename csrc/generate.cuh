@@ -39,8 +39,7 @@ __device__ __forceinline__ void put(int32_t* dst, int64_t at, int32_t value) {
 
 // One block for each destination: everything that has one element for each request or row.
 template <int kCapacity>
-__device__ void write_lengths(const GenerateParams<kCapacity>& p, const GenerateDst& dst,
-                              LengthsScan::TempStorage& shared) {
+__device__ void write_lengths(const GenerateParams<kCapacity>& p, const GenerateDst& dst, LengthsScan::TempStorage& shared) {
   Counts before{};  // of the requests that earlier rounds have served
   if (threadIdx.x == 0) {
     put(dst.field[kCuSeqlensK], 0, 0);
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(kGenerateThreads, kBlocksPerSm)
 
 // table_cols: columns that a table may have live, 0 without one.
 template <int kCapacity>
-cudaError_t launch_generate(GenerateParams<kCapacity>& params, bool wide, int64_t table_cols, int num_sms,
-                            cudaStream_t stream) {
+cudaError_t launch_generate(GenerateParams<kCapacity>& params, bool wide, int64_t table_cols, int num_sms, cudaStream_t stream) {
   params.table_slices = table_slices_for(params.bs, table_cols, params.page_shift, num_sms);
   params.table_blocks = wide ? table_blocks_for(params.bs, table_cols, num_sms) : params.bs * params.table_slices;
   const unsigned blocks = (params.topk_buckets.size ? 3 : 2) * params.num_dst + params.table_blocks;

@@ -12,13 +12,13 @@
 namespace nsa_fused {
 
 struct GenerateSizes {
-  int64_t bs, rows;           // captured
-  int64_t num_draft_tokens;   // of target verify and draft extend
+  int64_t bs, rows;          // captured
+  int64_t num_draft_tokens;  // of target verify and draft extend
   int64_t nsa_index_topk, page_size;
-  int64_t segment_len;        // 0: no schedule is written
-  bool extra_last;            // of a schedule
-  int64_t row_floor;          // of draft extend: the least length of a row
-  TopkBuckets topk_buckets;   // size 0: no plan of the top-k is written
+  int64_t segment_len;       // 0: no schedule is written
+  bool extra_last;           // of a schedule
+  int64_t row_floor;         // of draft extend: the least length of a row
+  TopkBuckets topk_buckets;  // size 0: no plan of the top-k is written
 };
 
 struct Integers {
@@ -41,8 +41,8 @@ class GeneratePlan {
     View field[kNumGenerated];
   };
 
-  GeneratePlan(Mode mode, const GenerateSizes& sizes, const View& req_to_token, const View& num_splits,
-               const View& tile_metadata, std::vector<Destination> dst)
+  GeneratePlan(Mode mode, const GenerateSizes& sizes, const View& req_to_token, const View& num_splits, const View& tile_metadata,
+               std::vector<Destination> dst)
       : mode_(mode), sizes_(sizes), req_to_token_(req_to_token), num_splits_(num_splits), tile_metadata_(tile_metadata),
         dst_(std::move(dst)) {
     if (dst_.empty() || dst_.size() > kMaxDestinations)
@@ -62,8 +62,7 @@ class GeneratePlan {
   int num_dst() const { return dst_.size(); }
 
   void check(const Batch& batch) const {
-    if (batch.bs < 0 || batch.bs > sizes_.bs)
-      refuse("bs: expected 0 to the captured ", sizes_.bs, ", got ", batch.bs);
+    if (batch.bs < 0 || batch.bs > sizes_.bs) refuse("bs: expected 0 to the captured ", sizes_.bs, ", got ", batch.bs);
     check_source(batch.seq_lens, "seq_lens", batch.bs, true);
     check_source(batch.req_pool_indices, "req_pool_indices", batch.bs);
     if (batch.extend_lens.given) {
@@ -160,7 +159,8 @@ class GeneratePlan {
     if (f == kSchedule && (view.cols < 4 || view.cols % 2))
       refuse(name(f, d), ": expected [num_sms + 1, 2], got ", view.cols, " elements");
     if (f == kSchedule && schedule_cols_ && view.cols != schedule_cols_)
-      refuse(name(f, d), ": expected [", schedule_cols_ / 2, ", 2] as of the destinations before it, got [", view.cols / 2, ", 2]");
+      refuse(name(f, d), ": expected [", schedule_cols_ / 2, ", 2] as of the destinations before it, got [", view.cols / 2,
+             ", 2]");
     if (f == kSchedule) schedule_cols_ = view.cols;
     if (f == kSchedule && sizes_.segment_len == 0)
       refuse("segment_len: expected the tokens of a schedule's segment as ", name(f, d), " is given, got 0");

@@ -28,8 +28,7 @@ struct ScheduleShared {
 // Divides the segments of all rows evenly over the SMs, in order: schedule[sm] = (row, segment in it) where SM sm
 // begins, and (number of rows, 0) where there is nothing left. Unsigned throughout, as DeepGEMM's.
 template <int kThreads, int kCapacity>
-__device__ void write_schedule(const GenerateParams<kCapacity>& p, const GenerateDst& dst,
-                               ScheduleShared<kThreads>& shared) {
+__device__ void write_schedule(const GenerateParams<kCapacity>& p, const GenerateDst& dst, ScheduleShared<kThreads>& shared) {
   const auto segments = [&](const Request& r, int row) {
     return (static_cast<uint32_t>(r.len(row)) + p.segment_len - 1) / p.segment_len;
   };

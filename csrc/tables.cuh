@@ -162,8 +162,7 @@ __device__ __forceinline__ void write_tile(const GenerateParams<kCapacity>& p, c
     for (int row = 0; row < tile.rows && dst.field[kPageTable1]; ++row) {
       int32_t* to = dst.field[kPageTable1] + dst.table_pitch * (tile.first_row + row);
       const int end = static_cast<int>(min(static_cast<int64_t>(tile.cols), dst.table_cols));
-      const int begin =
-          tile.first + kLineCols - 1 - static_cast<int>((reinterpret_cast<uintptr_t>(to) / 4 - 1) % kLineCols);
+      const int begin = tile.first + kLineCols - 1 - static_cast<int>((reinterpret_cast<uintptr_t>(to) / 4 - 1) % kLineCols);
 #pragma unroll
       for (int k = 0; k < kVectorsPerThread; ++k) {
         const int at = (k * kTableThreads + threadIdx.x) * 4;

@@ -22,8 +22,7 @@ struct TopkPlanShared {
 
 // One block for each destination. Rows in order, where upstream's come as its threads do.
 template <int kThreads, int kCapacity>
-__device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const GenerateDst& dst,
-                                TopkPlanShared<kThreads>& shared) {
+__device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const GenerateDst& dst, TopkPlanShared<kThreads>& shared) {
   if (!dst.field[kTopkPlan]) return;
   const TopkBuckets& buckets = p.topk_buckets;
   if (threadIdx.x < kMaxTopkBuckets) shared.longer[threadIdx.x] = 0;
@@ -39,7 +38,7 @@ __device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const Genera
   for (int b = buckets.size - 1; b >= 0 && shared.longer[b] <= buckets.most[b]; --b) threshold = buckets.threshold[b];
 
   auto* plan = reinterpret_cast<uint32_t*>(dst.field[kTopkPlan]);  // [rows + 1, 2]
-  LongRows before{};  // of the requests that earlier rounds have served
+  LongRows before{};                                               // of the requests that earlier rounds have served
   for (int first = 0; first < p.bs; first += kThreads) {
     const int i = first + threadIdx.x;
     Request r{};

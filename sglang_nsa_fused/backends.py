@@ -97,9 +97,7 @@ class OutGraphStep(Step):
         )
         self._captured(bs, forward_mode)
 
-    def _apply_cuda_graph_metadata(
-        self, bs, req_pool_indices, seq_lens, seq_lens_cpu, forward_mode, spec_info, *args, **kwargs
-    ):
+    def _apply_cuda_graph_metadata(self, bs, req_pool_indices, seq_lens, seq_lens_cpu, forward_mode, spec_info, *args, **kwargs):
         replay = self._replays.get(bs)
         # A batch in another mode than captured upstream's method serves by that mode.
         if replay is None or mode_of(forward_mode) != replay.mode:

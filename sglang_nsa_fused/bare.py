@@ -139,8 +139,15 @@ def replay(multi, batch: SimpleNamespace) -> None:
 
 
 def graph_backend(
-    cls: type, module: types.ModuleType, release: Release, device: str, req_to_token: torch.Tensor, draft_tokens: int,
-    mode: str, capture_bs: list[int], flashmla: bool = False,
+    cls: type,
+    module: types.ModuleType,
+    release: Release,
+    device: str,
+    req_to_token: torch.Tensor,
+    draft_tokens: int,
+    mode: str,
+    capture_bs: list[int],
+    flashmla: bool = False,
 ):
     """A step backend as a graph runner holds it: captured for each batch size in this ForwardMode.
 
@@ -168,7 +175,13 @@ def capture(backend, module: types.ModuleType, release: Release, mode: str, bs: 
 
 
 def graph_batch(
-    backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], bs: int, accepted: list[int] = (),
+    backend,
+    module: types.ModuleType,
+    mode: str,
+    slots: list[int],
+    lengths: list[int],
+    bs: int,
+    accepted: list[int] = (),
     accepted_dtype: torch.dtype = torch.int32,
 ) -> dict:
     """The arguments of `replay_graph`, from the runner's buffers, padded to bs as upstream's runners pad."""

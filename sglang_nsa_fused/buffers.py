@@ -7,7 +7,7 @@ import inspect
 import logging
 import textwrap
 import types
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 
@@ -80,7 +80,7 @@ def buffer_bytes(buffers: dict) -> int:
     return sum(storages.values())
 
 
-def drop_terms(cls: type, flag: str, draft_tokens: str) -> tuple[str, ...]:
+def drop_terms(cls: Any, flag: str, draft_tokens: str) -> tuple[str, ...]:
     """The terms of upstream's condition for a step backend without the wide page table, in order; none where its
     `init_cuda_graph_state` sets the flag in another way, or asks about speculation beside the one term for it.
 

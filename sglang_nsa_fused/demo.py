@@ -17,9 +17,21 @@ from sglang_nsa_fused import backends, bare, kernels, plugin, stand_ins
 from sglang_nsa_fused.settings import Settings
 
 # Views and allocations move no data; they cost host time, which is measured, and no operation.
-_NO_DATA = ("aten::slice", "aten::select", "aten::view", "aten::empty", "aten::alias", "aten::t", "aten::unsqueeze",
-            "aten::expand", "aten::as_strided", "aten::detach", "aten::lift_fresh", "aten::_local_scalar_dense",
-            "aten::split_with_sizes")
+_NO_DATA = (
+    "aten::slice",
+    "aten::select",
+    "aten::view",
+    "aten::empty",
+    "aten::alias",
+    "aten::t",
+    "aten::unsqueeze",
+    "aten::expand",
+    "aten::as_strided",
+    "aten::detach",
+    "aten::lift_fresh",
+    "aten::_local_scalar_dense",
+    "aten::split_with_sizes",
+)
 
 
 class _Operations(TorchDispatchMode):
@@ -70,8 +82,7 @@ def draft(setting: Setting, side: str) -> Refresh:
             return () if setting.release.draft_schedule else ("paged_mqa_schedule_metadata",)
 
         return lambda: bare.replay(multi, batch), lambda: (
-            (backend.decode_cuda_graph_metadata[bs], live, stale(number))
-            for number, backend in enumerate(multi.attn_backends)
+            (backend.decode_cuda_graph_metadata[bs], live, stale(number)) for number, backend in enumerate(multi.attn_backends)
         )
 
     return prepare
@@ -79,8 +90,15 @@ def draft(setting: Setting, side: str) -> Refresh:
 
 def verify(setting: Setting, side: str) -> Refresh:
     backend = bare.graph_backend(
-        setting.classes[side][0], setting.module, setting.release, setting.device, setting.pool, setting.draft_tokens,
-        "TARGET_VERIFY", setting.capture_bs, setting.flashmla,
+        setting.classes[side][0],
+        setting.module,
+        setting.release,
+        setting.device,
+        setting.pool,
+        setting.draft_tokens,
+        "TARGET_VERIFY",
+        setting.capture_bs,
+        setting.flashmla,
     )
 
     def prepare(slots, lengths, bs):
@@ -154,9 +172,7 @@ def _run_all(setting: Setting, steps: int, most: int, longest: int, table: Table
     for name, refresh in REFRESHES.items():
         sides = {side: Side(refresh(setting, side)) for side in setting.classes}
         compared = 0
-        for slots, lengths in track(
-            list(bare.requests(steps, most, longest)), description=name, console=console, transient=True
-        ):
+        for slots, lengths in track(list(bare.requests(steps, most, longest)), description=name, console=console, transient=True):
             bs = next(size for size in setting.capture_bs if size >= len(slots))
             results = []
             for side in sides.values():
@@ -183,9 +199,7 @@ def _compare(off: Callable, on: Callable, device: str) -> tuple[int, list[str]]:
         for name in stale:
             expected.pop(name, None)
         count += len(expected)
-        differing += [
-            f"{name} of backend {number}" for name, tensor in expected.items() if not torch.equal(tensor, found[name])
-        ]
+        differing += [f"{name} of backend {number}" for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     return count, differing
 
 

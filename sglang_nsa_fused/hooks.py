@@ -32,7 +32,9 @@ class Hooks:
         """Decided before the first capture: by then logging works and the device is known."""
         release, engine = self.release, select(device_type)
         if engine.generate_plan is None:
-            left = "copies of the draft steps are sgl_kernel's, the rest sglang's" if engine.copy_plan else "sglang runs unchanged"
+            left = (
+                "copies of the draft steps are sgl_kernel's, the rest sglang's" if engine.copy_plan else "sglang runs unchanged"
+            )
             self.refuse(f"no native library for {device_type} ({engine.reason}); {left}")
             return engine, Planners(release, self.module, engine)
         if self._settings.verify:
@@ -110,7 +112,7 @@ class Hooks:
         # Upstream's precomputation knows DeepGEMM's lengths of the draft steps alone, which are its cache lengths. Of draft
         # extend v2 it copies no page table. Without the wide table there is nothing that it precomputes.
         known = mode == reference.DECODE or (release.captured_lens_2d is None and not forward_mode.is_draft_extend_v2())
-        if engine.copy_plan is None or not known or self.is_pooled(backend) or not self.has_wide_table(backend):
+        if engine.copy_plan is None or mode is None or not known or self.is_pooled(backend) or not self.has_wide_table(backend):
             return None
         try:
             return PrecomputedCopy(release, planners, mode, backend, bs, engine)

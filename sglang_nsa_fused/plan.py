@@ -9,8 +9,8 @@ from sglang_nsa_fused.kernels import Engine, select
 
 
 class Destination(NamedTuple):
-    """What one step backend's graph reads, int32, in the library's order; None: not there, or not written. n is bs in decode, else
-    the captured rows."""
+    """What one step backend's graph reads, int32, in the library's order; None: not there, or not written. n is bs in decode,
+    else the captured rows."""
 
     cache_seqlens: Optional[torch.Tensor] = None  # [bs]
     cu_seqlens_k: Optional[torch.Tensor] = None  # [bs + 1]
@@ -83,16 +83,17 @@ class ReplayPlan:
         count = 10 if values is None else 12
         for number, destination in enumerate(destinations):
             if len(destination) != count:
-                raise ValueError(
-                    f"destinations: expected {count} tensors or None each, got {len(destination)} in {number}"
-                )
+                raise ValueError(f"destinations: expected {count} tensors or None each, got {len(destination)} in {number}")
         self.mode = mode
         self.destinations = [tuple(destination) for destination in destinations]
         self.values = values
         if values is None:
             if not isinstance(lengths := self.destinations[0][0], torch.Tensor):
                 raise TypeError(f"cache_seqlens_dst of destination 0: expected an int32 tensor, got {type(lengths).__name__}")
-            self.copy = (engine or _native(lengths.device.type)).copy_plan(mode, self.destinations)
+            copy_plan = (engine or _native(lengths.device.type)).copy_plan
+            if copy_plan is None:
+                raise ValueError("engine: expected one that copies, got none")
+            self.copy = copy_plan(mode, self.destinations)
             return
         if not isinstance(values, Values):
             raise TypeError(f"values: expected Values or None, got {type(values).__name__}")

@@ -152,9 +152,7 @@ class Planners:
 
 def _same_plan(a, b) -> bool:
     # Columns 5 to 7 of the tile metadata are padding that FlashMLA leaves as the allocator had it.
-    return torch.equal(a.num_splits, b.num_splits) and torch.equal(
-        a.flashmla_metadata[:, :5], b.flashmla_metadata[:, :5]
-    )
+    return torch.equal(a.num_splits, b.num_splits) and torch.equal(a.flashmla_metadata[:, :5], b.flashmla_metadata[:, :5])
 
 
 def _built_over_poison(build: Callable, lengths: torch.Tensor) -> torch.Tensor:

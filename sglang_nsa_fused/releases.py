@@ -244,20 +244,29 @@ DSA_0_5_22 = replace(
 DSA_0_5_23 = replace(DSA_0_5_22, versions=("0.5.23",), kv_shard_pool="_kv_shard_pool")
 
 RELEASES = (
-    NSA_0_5_7, NSA_0_5_11, NSA_0_5_12, DSA_0_5_13, DSA_0_5_14, DSA_0_5_15, DSA_0_5_20, DSA_0_5_22,
+    NSA_0_5_7,
+    NSA_0_5_11,
+    NSA_0_5_12,
+    DSA_0_5_13,
+    DSA_0_5_14,
+    DSA_0_5_15,
+    DSA_0_5_20,
+    DSA_0_5_22,
     DSA_0_5_23,
 )
 
 
 # Of the newest release's metadata. One that is added later is something to refresh that nothing here knows.
-NEWEST_FIELDS = frozenset(_names(
-    "cache_seqlens_int32 cu_seqlens_k cu_seqlens_q dsa_cache_seqlens_int32 dsa_cu_seqlens_k dsa_cu_seqlens_q "
-    "dsa_extend_seq_lens_list dsa_max_seqlen_q dsa_seqlens_expanded flashmla_metadata indexer_k_start_end "
-    "indexer_logical_page_table indexer_seq_lens indexer_seq_lens_cpu kpool_extend_plan kpool_write_plan max_seq_len_k "
-    "max_seq_len_q page_size page_table_1 page_table_1_flattened paged_mqa_ctx_lens_2d paged_mqa_schedule_metadata "
-    "pooled_cache_seqlens_int32 pooled_index_kpool pooled_paged_mqa_schedule_metadata pooled_real_page_table "
-    "pooled_topk_v2_plan real_page_table seq_lens_sum token_to_batch_idx topk_indices_offset topk_v2_plan"
-))
+NEWEST_FIELDS = frozenset(
+    _names(
+        "cache_seqlens_int32 cu_seqlens_k cu_seqlens_q dsa_cache_seqlens_int32 dsa_cu_seqlens_k dsa_cu_seqlens_q "
+        "dsa_extend_seq_lens_list dsa_max_seqlen_q dsa_seqlens_expanded flashmla_metadata indexer_k_start_end "
+        "indexer_logical_page_table indexer_seq_lens indexer_seq_lens_cpu kpool_extend_plan kpool_write_plan max_seq_len_k "
+        "max_seq_len_q page_size page_table_1 page_table_1_flattened paged_mqa_ctx_lens_2d paged_mqa_schedule_metadata "
+        "pooled_cache_seqlens_int32 pooled_index_kpool pooled_paged_mqa_schedule_metadata pooled_real_page_table "
+        "pooled_topk_v2_plan real_page_table seq_lens_sum token_to_batch_idx topk_indices_offset topk_v2_plan"
+    )
+)
 
 
 def find(version: str) -> Release | None:
@@ -287,8 +296,14 @@ def unknown_names(release: Release, module) -> list[str]:
     constructors = [vars(base).get("__init__") for base in getattr(module, release.backend).__mro__]
     named = {name for init in constructors if hasattr(init, "__code__") for name in init.__code__.co_names}
     read = (
-        release.page_size, release.req_to_token, release.draft_tokens, release.index_topk, release.decode_impl, release.kpool,
-        release.flashmla_heads, release.kv_shard_pool,
+        release.page_size,
+        release.req_to_token,
+        release.draft_tokens,
+        release.index_topk,
+        release.decode_impl,
+        release.kpool,
+        release.flashmla_heads,
+        release.kv_shard_pool,
     )
     added = [f"{release.metadata}.{name} is new" for name in sorted(fields - NEWEST_FIELDS)]
     return added + [f"{release.backend}.{name} is gone" for name in read if name and name not in named]

@@ -35,10 +35,20 @@ def generate(generate_plan: Callable, device: str) -> None:
         shapes = [(BS,), (BS + 1,), (rows, WIDTH), (rows,), (rows,), (rows + 1,), (rows, 3), None, None, (5, 2), (rows, 1)]
         shapes += [(rows + 1, 2)]
         values = SimpleNamespace(
-            req_to_token=pool, bs=BS, rows=rows, num_draft_tokens=draft_tokens, nsa_index_topk=100, page_size=64,
-            segment_len=64, extra_last=False, num_splits=None, tile_metadata=None, row_floor=0, len_offsets=(),
+            req_to_token=pool,
+            bs=BS,
+            rows=rows,
+            num_draft_tokens=draft_tokens,
+            nsa_index_topk=100,
+            page_size=64,
+            segment_len=64,
+            extra_last=False,
+            num_splits=None,
+            tile_metadata=None,
+            row_floor=0,
+            len_offsets=(),
             topk_buckets=((10, 1), (100, 2)),
-        )  # fmt: skip
+        )
         # A kernel of its own for one destination, and for those without page_table_1.
         for num_dst, wide in itertools.product((1, 2), (True, False)):
             there = [shape if wide or field != 2 else None for field, shape in enumerate(shapes)]

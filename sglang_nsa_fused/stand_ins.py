@@ -251,8 +251,20 @@ def seqlens_expand_triton(extend_seq_lens, seq_lens, total_len: int, max_q_len: 
 
 
 def fused_dsa_decode_metadata(
-    *, seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1, dsa_cache_seqlens,
-    dsa_cu_seqlens_k, real_page_table, bs, max_len, dsa_index_topk, **page_size,
+    *,
+    seq_lens,
+    req_pool_indices,
+    req_to_token,
+    cache_seqlens,
+    cu_seqlens_k,
+    page_table_1,
+    dsa_cache_seqlens,
+    dsa_cu_seqlens_k,
+    real_page_table,
+    bs,
+    max_len,
+    dsa_index_topk,
+    **page_size,
 ) -> None:
     dsa_seqlens = seq_lens.clamp(max=dsa_index_topk)
     _write(cache_seqlens, seq_lens)
@@ -271,15 +283,37 @@ def fused_dsa_target_verify_metadata(
 
 
 def fused_dsa_draft_extend_metadata(
-    *, seq_lens, extend_seq_lens, req_pool_indices, max_seqlen_k, bs, total_len, max_extend_len, max_total_len,
-    static_extend_len=False, **rest,
+    *,
+    seq_lens,
+    extend_seq_lens,
+    req_pool_indices,
+    max_seqlen_k,
+    bs,
+    total_len,
+    max_extend_len,
+    max_total_len,
+    static_extend_len=False,
+    **rest,
 ) -> None:
     _expanded(seq_lens, extend_seq_lens, req_pool_indices, max_seqlen_k, **rest)
 
 
 def _expanded(
-    kv_lens, extend_seq_lens, req_pool_indices, width, *, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
-    seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table, dsa_index_topk, **page_size,
+    kv_lens,
+    extend_seq_lens,
+    req_pool_indices,
+    width,
+    *,
+    req_to_token,
+    cache_seqlens,
+    cu_seqlens_k,
+    page_table_1,
+    seqlens_expanded,
+    dsa_cache_seqlens,
+    dsa_cu_seqlens_k,
+    real_page_table,
+    dsa_index_topk,
+    **page_size,
 ) -> None:
     """The modes with several tokens for each request: a row for each token."""
     expanded = seqlens_expand_triton(extend_seq_lens, kv_lens, int(extend_seq_lens.sum()), 0)

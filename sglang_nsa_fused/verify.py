@@ -18,6 +18,7 @@ def verified(engine: Engine) -> Engine:
     """The same engine, whose every copy and generation raises RuntimeError where it differs from the reference."""
 
     def copy_plan(mode: int, destinations: Sequence) -> Callable:
+        assert engine.copy_plan is not None
         return _compared(engine.copy_plan(mode, destinations), _copy, mode, destinations)
 
     def generate_plan(mode: int, values: Values, destinations: Sequence) -> Callable:

@@ -58,6 +58,11 @@ BAD = [
     (TARGET_VERIFY, change(SIZE, 12), ValueError, r"page_indices_src: .*\[12, 65\], got \[9, 65\]"),
     (TARGET_VERIFY, change(MAX_SEQLEN_K, -1), ValueError, "max_seqlen_k: expected 0 or more, got -1"),
     (TARGET_VERIFY, change(SRC + EXPANDED, None), ValueError, "seqlens_expanded_src: expected an int32 tensor"),
-    (TARGET_VERIFY, change(DST + EXPANDED, lambda _, a: a[DST + NSA]), ValueError, "seqlens_expanded_dst: .*overlaps|nsa_cache_seqlens_dst: .*overlaps"),
+    (
+        TARGET_VERIFY,
+        change(DST + EXPANDED, lambda _, a: a[DST + NSA]),
+        ValueError,
+        "seqlens_expanded_dst: .*overlaps|nsa_cache_seqlens_dst: .*overlaps",
+    ),
     (DRAFT_EXTEND, change(DST + EXPANDED, lambda t, _: t[:7]), ValueError, r"seqlens_expanded_dst: .*\[8\], got \[7\]"),
 ]

@@ -92,7 +92,12 @@ def make(
     page_columns = (columns + 63) // 64
     table = numbers(rows, max(source_pitch, columns))[:, :columns]
     sources = [
-        numbers(bs), numbers(bs + 1), table, numbers(size), numbers(size), numbers(size + 1),
+        numbers(bs),
+        numbers(bs + 1),
+        table,
+        numbers(size),
+        numbers(size),
+        numbers(size + 1),
         numbers(rows, page_columns) if pages else None,
         numbers(size + 1) if flashmla else None,
         numbers(132, 8) if flashmla else None,

@@ -97,8 +97,20 @@ def make(
     # Values with all bits in use, so that a shift that is no floor division shows.
     pool = torch.randint(-(2**31), 2**31, (2 * bs + 1, pool_width), generator=generator).to(torch.int32)
     slots = torch.randperm(2 * bs + 1, generator=generator)[:bs]
-    shapes = [(captured_bs,), (captured_bs + 1,), (rows, width), (rows,), (rows,), (rows + 1,),
-              (rows, (width + 63) // 64), (rows + 1,), (num_sms, 8), (num_sms + 1, 2), (rows, 1), (rows + 1, 2)]
+    shapes = [
+        (captured_bs,),
+        (captured_bs + 1,),
+        (rows, width),
+        (rows,),
+        (rows,),
+        (rows + 1,),
+        (rows, (width + 63) // 64),
+        (rows + 1,),
+        (num_sms, 8),
+        (num_sms + 1, 2),
+        (rows, 1),
+        (rows + 1, 2),
+    ]
     pitches = {2: width + 5, 6: (width + 63) // 64 + 1}
     destinations, buffers = [], []
     for number in range(num_dst):
@@ -115,8 +127,18 @@ def make(
         return torch.randint(1, 1 << 30, shape, dtype=torch.int32, generator=generator).to(device)
 
     values = Values(
-        pool.to(device), captured_bs, rows, draft_tokens, topk, 64, segment_len, extra_last,
-        plan_of("flashmla_num_splits", rows + 1), plan_of("flashmla_metadata", num_sms, 8), row_floor, topk_buckets,
+        pool.to(device),
+        captured_bs,
+        rows,
+        draft_tokens,
+        topk,
+        64,
+        segment_len,
+        extra_last,
+        plan_of("flashmla_num_splits", rows + 1),
+        plan_of("flashmla_metadata", num_sms, 8),
+        row_floor,
+        topk_buckets,
         len_offsets,
     )
     batch = (

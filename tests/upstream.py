@@ -1,7 +1,6 @@
 """Upstream's real classes for the tests, with the plugin off and on."""
 
 import dataclasses
-
 import gc
 
 import torch

@@ -40,8 +40,9 @@ def main() -> None:
     tree = parser.parse_args().tree
     if absent := [path for path in AFTER if not (tree / path).is_file()]:
         sys.exit(f"{tree}: expected an sgl-kernel tree, but {absent[0]} is not there; nothing written")
-    new = {tree / path: patched(tree / path, text, AFTER[path]) if path in AFTER else text
-           for path, text in added_lines().items()}
+    new = {
+        tree / path: patched(tree / path, text, AFTER[path]) if path in AFTER else text for path, text in added_lines().items()
+    }
     for path, text in new.items():
         path.write_text(text)
     shutil.copy(HERE / KERNEL, tree / KERNEL)

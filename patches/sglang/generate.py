@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from sglang_nsa_fused.patch import TARGET, Patch, sha256  # noqa: E402
 
 RELEASES = ("0.5.7", "0.5.8", "0.5.8.post1", "0.5.9", "0.5.10", "0.5.10.post1")
-LOADER = '''\
+LOADER = """\
     # Added by sglang-nsa-fused: the plugin loader that sglang has from 0.5.11 on.
     from importlib.metadata import entry_points
 
@@ -30,7 +30,7 @@ LOADER = '''\
             except Exception:
                 logger.exception("Failed to load plugin %s", plugin.name)
 
-'''
+"""
 
 
 def scheduler(release: str) -> bytes:

@@ -73,10 +73,16 @@ def row(name: str, metric: str, rounds: dict[str, list], **more) -> dict:
     upstream, ours = map(list, zip(*whole))
     p, values = paired_p(upstream, ours), dict(zip(SIDES, (upstream, ours)))
     return record.case(
-        name, metric, statistics.median(upstream), statistics.median(ours), len(whole), **more,
+        name,
+        metric,
+        statistics.median(upstream),
+        statistics.median(ours),
+        len(whole),
+        **more,
         spread={side: record.spread(values[side]) for side in SIDES},
         ratio_spread=record.spread([one / other for one, other in whole if other]) if any(ours) else None,
-        p=round(p, 6), verdict=verdict(metric, upstream, ours, p),
+        p=round(p, 6),
+        verdict=verdict(metric, upstream, ours, p),
         rounds={side: [round(value, 4) for value in values[side]] for side in SIDES},
     )
 

@@ -56,9 +56,13 @@ def prepare(folder: Path, machine: dict, cases: list, options: SimpleNamespace) 
     of_model = real_flags if options.model_path else small_flags
     console.print(f"{machine['gpu']}, sglang {machine['sglang']}, torch {machine['torch']}; logs in {folder}")
     return Setup(
-        folder=folder, flags=(*of_model(folder, machine, cases, options), *shlex.split(options.server_flags)),
-        port=options.port, loader=machine["loader"], dense_prefill=bool(options.model_path),
-        accept_length=options.simulate_acceptance, command=options.server_command,
+        folder=folder,
+        flags=(*of_model(folder, machine, cases, options), *shlex.split(options.server_flags)),
+        port=options.port,
+        loader=machine["loader"],
+        dense_prefill=bool(options.model_path),
+        accept_length=options.simulate_acceptance,
+        command=options.server_command,
     )
 
 

@@ -168,7 +168,9 @@ def refresh(kind: str, bs: int, call, backend, *args, **kwargs):
 @contextlib.contextmanager
 def upstreams(backend):
     """This backend of the plugin, and its steps', refresh as upstream does."""
-    found = [(one, one._replays, getattr(one, "_draft_extend", None)) for one in (backend, *getattr(backend, "attn_backends", ()))]
+    found = [
+        (one, one._replays, getattr(one, "_draft_extend", None)) for one in (backend, *getattr(backend, "attn_backends", ()))
+    ]
     try:
         for one, replays, _ in found:
             one._replays, one._draft_extend = dict.fromkeys(replays), getattr(one, "_upstreams_draft_extend", None)

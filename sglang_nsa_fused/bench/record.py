@@ -13,8 +13,15 @@ def case(name: str, metric: str, upstream: float, ours: float, samples: int, **m
     """metric: one of host_us, gpu_us, launches, syncs, step_ms, decode_step_ms, gpu_draft_us, table_bytes, bytes, or of
     compare.METRICS."""
     ratio = round(upstream / ours, 3) if ours else None
-    return {"name": name, "metric": metric, "upstream": round(upstream, 3), "ours": round(ours, 3), "ratio": ratio,
-            "samples": samples, **more}
+    return {
+        "name": name,
+        "metric": metric,
+        "upstream": round(upstream, 3),
+        "ours": round(ours, 3),
+        "ratio": ratio,
+        "samples": samples,
+        **more,
+    }
 
 
 def spread(values: list[float]) -> list[float]:

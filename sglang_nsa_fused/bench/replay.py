@@ -61,7 +61,9 @@ def replay(
     if min(draft_steps) < 2:
         raise typer.BadParameter("--draft-steps: with one draft step there is no metadata to replay")
     if max(draft_steps) > 17:
-        raise typer.BadParameter(f"--draft-steps: expected at most 17, one launch serves 16 step backends, got {max(draft_steps)}")
+        raise typer.BadParameter(
+            f"--draft-steps: expected at most 17, one launch serves 16 step backends, got {max(draft_steps)}"
+        )
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("matplotlib is missing: pip install matplotlib")
     import torch

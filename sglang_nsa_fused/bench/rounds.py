@@ -145,7 +145,9 @@ def check(target, case: Case, options: Options) -> list[Check]:
     with sides.observing(target):
         for _ in range(CHECKS):
             if not answered(target, drive.empty_cache(target.url)):
-                raise target.failure(drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?"))
+                raise target.failure(
+                    drive.Refused("/flush_cache: the prefix cache was not emptied; is the server in use by others?")
+                )
             call = drive.one_call(target.url, case.prompts(0), options.output_tokens, options.request_seconds)
             start, mark = perf_counter_ns(), target.mark
             output_ids = answered(target, call)

@@ -15,7 +15,15 @@ from sglang_nsa_fused.bench.servers import CACHES, Failed
 
 SMALL = {"context_length": 32_768, "mem_fraction": 0.9, "cache": "bf16"}  # of the small model, unless given
 OF_SERVERS = (
-    "draft_steps", "cache", "layers", "experts", "model_path", "context_length", "mem_fraction", "simulate_acceptance", "server_flags",
+    "draft_steps",
+    "cache",
+    "layers",
+    "experts",
+    "model_path",
+    "context_length",
+    "mem_fraction",
+    "simulate_acceptance",
+    "server_flags",
 )
 
 SMALL_MODELS = ("layers", "experts")
@@ -53,7 +61,9 @@ def server(
         Optional[list[Path]], Option(help="Results of sglang's bench_serving, plugin off; measure nothing.")
     ] = None,
     read_on: Annotated[Optional[list[Path]], Option(help="The same, plugin on.")] = None,
-    port: Annotated[int, Option(min=1, max=60_000, help="Of the server without the plugin; the other's is 1000 higher.")] = 30_000,
+    port: Annotated[
+        int, Option(min=1, max=60_000, help="Of the server without the plugin; the other's is 1000 higher.")
+    ] = 30_000,
     ready_seconds: Annotated[float, Option(min=1, help="Until a server must be up.")] = 900,
     request_seconds: Annotated[float, Option(min=1, help="Until a request must be answered.")] = 900,
     log_dir: Annotated[Optional[Path], Option(help="For the servers' logs; a new folder unless given.")] = None,
@@ -124,7 +134,9 @@ def check(options: SimpleNamespace) -> None:
     for name in ("model_path", "cache"):
         if getattr(options, name) == "":
             raise typer.BadParameter(f"--{name.replace('_', '-')}: expected a value, got an empty one; is a variable unset?")
-    if (model := options.model_path or "").startswith(("/", "./", "../", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+    if (model := options.model_path or "").startswith(("/", "./", "../", "~")) and not (
+        Path(model).expanduser() / "config.json"
+    ).is_file():
         raise typer.BadParameter(f"--model-path: expected a folder with a config.json, got {model}")
     try:
         shlex.split(options.server_flags)

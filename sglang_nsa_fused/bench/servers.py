@@ -66,8 +66,13 @@ class Server:
         with self.log.open("wb") as log, uninterrupted():
             # Not in the working directory: a source tree of the plugin there would come first on sys.path.
             self.process = subprocess.Popen(
-                self.command, env=self.env, cwd=self.log.parent, start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT,
+                self.command,
+                env=self.env,
+                cwd=self.log.parent,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         self.started = time.monotonic()
 
@@ -104,9 +109,7 @@ class Server:
 
     def post(self, path: str, body: dict, seconds: float = REQUEST_SECONDS):
         """The reply's JSON. Raises Failed."""
-        request = urllib.request.Request(
-            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=seconds) as reply:
                 return json.load(reply)

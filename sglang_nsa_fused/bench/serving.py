@@ -31,7 +31,9 @@ def read(paths: list[Path]) -> list[dict]:
             try:
                 result = json.loads(line)
                 missing = [
-                    field for field in FIELDS.values() if field != "accept_length" and not isinstance(result.get(field), (int, float))
+                    field
+                    for field in FIELDS.values()
+                    if field != "accept_length" and not isinstance(result.get(field), (int, float))
                 ]
             except (ValueError, TypeError, AttributeError):
                 missing = ["JSON"]

@@ -221,7 +221,11 @@ def margin(server: Server, request: Request, one: Answer, other: Answer) -> tupl
 
 
 def check_same(
-    pair: Pair, requests: list[Request], upstream: list[Answer], ours: list[Answer], what: str = "the output ids differ with the plugin on"
+    pair: Pair,
+    requests: list[Request],
+    upstream: list[Answer],
+    ours: list[Answer],
+    what: str = "the output ids differ with the plugin on",
 ) -> int:
     """How many differ; fails, saying what, unless each does so at a token that upstream leaves undecided."""
     for request, *both in zip(requests, upstream, ours):
@@ -234,7 +238,8 @@ def check_same(
     wrong = {number: margins[number] for number in found if margins[number][1] > UNDECIDED}
     lines = (
         f"request {number}, {len(requests[number].prompt)} tokens, differs at token {at} of {requests[number].output_tokens}, "
-        f"where upstream is decided by {nats:.3f} nats" for number, (at, nats) in wrong.items()
+        f"where upstream is decided by {nats:.3f} nats"
+        for number, (at, nats) in wrong.items()
     )
     assert not wrong, f"{what}:\n" + "\n".join(lines)
     return len(found)

@@ -1,6 +1,6 @@
 """pytest plugin: the native library with its kernels emulated on the host, in place of the installed one.
 
-    PYTHONPATH=tests/emulation pytest -p emulated tests/unit/test_generate.py
+PYTHONPATH=tests/emulation pytest -p emulated tests/unit/test_generate.py
 """
 
 import functools

@@ -60,8 +60,19 @@ def unpacked(release: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=cache, prefix=f"{release}-"))
     try:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "-d", str(work / "wheel"), f"sglang=={release}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            str(work / "wheel"),
+            f"sglang=={release}",
+        ]
         for last in (False, True):
             pip = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if pip.returncode == 0:
@@ -100,8 +111,14 @@ def run(release: str, timeout: float) -> Result:
             "OMP_NUM_THREADS": "1",
         }
         # The script, not the module: with `python -m pytest` the working tree would hide the installed plugin.
-        command = [os.path.join(sysconfig.get_path("scripts"), "pytest"), "-q", "-p", "no:cacheprovider",
-                   f"--junitxml={report}", "tests/releases"]  # fmt: skip
+        command = [
+            os.path.join(sysconfig.get_path("scripts"), "pytest"),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            "tests/releases",
+        ]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

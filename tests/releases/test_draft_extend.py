@@ -34,9 +34,7 @@ def asked(monkeypatch) -> list[str]:
 
 def extend(upstream, backend, requests: int) -> None:
     slots = [1 + number % 15 for number in range(requests)]
-    backend.init_forward_metadata(
-        bare.draft_extend_batch(backend, upstream.module, "DRAFT_EXTEND_V2", slots, [100] * requests)
-    )
+    backend.init_forward_metadata(bare.draft_extend_batch(backend, upstream.module, "DRAFT_EXTEND_V2", slots, [100] * requests))
 
 
 def test_no_batch_waits_for_a_comparison(upstream, deep_gemm, asked):

@@ -119,12 +119,15 @@ def test_a_top_k_plan_that_is_unwritten_is_left_so(upstream, monkeypatch):
     assert found.topk_buckets(on, 64) is None
 
 
-@pytest.mark.parametrize("error, said", [
-    (RuntimeError("deep_gemm: no"), "deep_gemm: no"),
-    (AssertionError(), "AssertionError: "),
-    (KeyError("sms"), "KeyError: 'sms'"),
-    (OSError("no nvcc"), "OSError: no nvcc"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("deep_gemm: no"), "deep_gemm: no"),
+        (AssertionError(), "AssertionError: "),
+        (KeyError("sms"), "KeyError: 'sms'"),
+        (OSError("no nvcc"), "OSError: no nvcc"),
+    ],
+)
 def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstream, deep_gemm, monkeypatch, caplog, error, said):
     def fails(*_):
         raise error

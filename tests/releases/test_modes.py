@@ -86,9 +86,7 @@ def test_draft_extend_without_a_graph(upstream, deep_gemm, mode, flashmla):
         live = row_lengths(upstream, mode, lengths, accepted, draft_tokens)
         for backend in (off, on):
             backend.use_mha = True  # as a prefill before it may leave it
-            backend.init_forward_metadata(
-                bare.draft_extend_batch(backend, upstream.module, mode, slots, lengths, accepted)
-            )
+            backend.init_forward_metadata(bare.draft_extend_batch(backend, upstream.module, mode, slots, lengths, accepted))
         expected, found = off.forward_metadata, on.forward_metadata
         assert_equal_fields(bare.fields(expected, live), bare.fields(found, live))
         assert vars(expected).keys() == vars(found).keys()

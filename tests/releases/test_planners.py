@@ -1,6 +1,5 @@
 """Our schedule and FlashMLA's constants stand in for the installed planners only while they give the same."""
 
-
 import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, assert_same_fields, batches, steps

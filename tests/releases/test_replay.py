@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -14,8 +14,12 @@ from sglang_nsa_fused import bare, buffers, hooks, kernels, releases, replay, st
 DRAFT_TOKENS = 4
 MODES = ["TARGET_VERIFY", "DRAFT_EXTEND_V2"]
 ALWAYS = {
-    "is_cuda()", "not _is_hip", "self.real_page_size > 1", "self.hisparse_coordinator is None",
-    "not self.speculative_num_draft_tokens", "self.dsa_index_topk is not None",
+    "is_cuda()",
+    "not _is_hip",
+    "self.real_page_size > 1",
+    "self.hisparse_coordinator is None",
+    "not self.speculative_num_draft_tokens",
+    "self.dsa_index_topk is not None",
 }
 V2, UP_TO = "envs.SGLANG_OPT_USE_TOPK_V2.get()", "self.dsa_index_topk <= 2048"
 BY_BACKEND = {"self.use_fused_topk", "self.dsa_topk_backend.should_use_topk_v2()", f"0 < {UP_TO}"}
@@ -24,7 +28,7 @@ TERMS = {  # release -> what its condition asks besides, and that of those after
     "0.5.15.post1": {"self.use_fused_topk", V2, UP_TO},
     "0.5.17": BY_BACKEND,
     "0.5.20": {*BY_BACKEND, "self.dsa_index_kpool <= 1"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -234,9 +238,11 @@ def test_what_a_memory_saver_zeroes_is_written_by_each_replay(upstream, deep_gem
 
     monkeypatch.setattr(bare, "step_backend", with_regions)
     off, on = (
-        upstream.multi((upstream.classes, upstream.fused(settings))[side], 4, flashmla=True) if mode == "DECODE"
-        else upstream.graphs(mode, DRAFT_TOKENS, True, settings)[side] for side in (0, 1)
-    )  # fmt: skip
+        upstream.multi((upstream.classes, upstream.fused(settings))[side], 4, flashmla=True)
+        if mode == "DECODE"
+        else upstream.graphs(mode, DRAFT_TOKENS, True, settings)[side]
+        for side in (0, 1)
+    )
     assert regions.made
     for tensor in regions.made:
         tensor.zero_()
@@ -272,5 +278,7 @@ def test_the_log_says_what_is_not_allocated(upstream, deep_gemm, caplog):
     wide = 8 * 100_000 * 4
     each = DRAFT_TOKENS * (wide - wide / 64) / 2**30
     steps = (2 * wide - wide / 64) / 2**30  # of two steps, with one narrow table
-    expected = f"target verify {each:.3f} GiB, draft extend {each:.3f} GiB, draft steps {steps:.3f} GiB; {2 * each + steps:.3f} GiB"
+    expected = (
+        f"target verify {each:.3f} GiB, draft extend {each:.3f} GiB, draft steps {steps:.3f} GiB; {2 * each + steps:.3f} GiB"
+    )
     assert len(lines) == 3 and lines[-1] == f"sglang-nsa-fused: not allocated: {expected} in all"

@@ -56,10 +56,13 @@ def chunk(ids: list[int], total: int, **meta) -> dict:
     return {"output_ids": ids, "meta_info": {"completion_tokens": total, **meta}}
 
 
-@pytest.mark.parametrize("bodies", [
-    [([5], 1), ([5, 6, 7], 3), ([5, 6, 7], 3), ([5, 6, 7, 8], 4)],  # cumulative; one without a new token
-    [([5], 1), ([6, 7], 3), ([], 3), ([8], 4)],  # --incremental-streaming-output
-])
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [([5], 1), ([5, 6, 7], 3), ([5, 6, 7], 3), ([5, 6, 7, 8], 4)],  # cumulative; one without a new token
+        [([5], 1), ([6, 7], 3), ([], 3), ([8], 4)],  # --incremental-streaming-output
+    ],
+)
 def test_chunks_are_put_together(bodies):
     chunks = Chunks()
     for at, (ids, total) in enumerate(bodies):
@@ -68,11 +71,14 @@ def test_chunks_are_put_together(bodies):
     assert (found.output_ids, found.tokens, found.arrived, found.verify_steps) == ((5, 6, 7, 8), (1, 3, 4), (0, 1, 3), 3)
 
 
-@pytest.mark.parametrize("body, said", [
-    ({"error": {"message": "too long"}}, "too long"),
-    (chunk([], 0, finish_reason={"type": "abort", "message": "no memory"}), "no memory"),
-    ({"text": "hello"}, "hello"),
-])
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ({"error": {"message": "too long"}}, "too long"),
+        (chunk([], 0, finish_reason={"type": "abort", "message": "no memory"}), "no memory"),
+        ({"text": "hello"}, "hello"),
+    ],
+)
 def test_an_error_in_place_of_tokens_is_not_measured(body, said):
     with pytest.raises(Refused, match=said):
         Chunks().add(0, body)
@@ -103,13 +109,16 @@ def test_rounds_that_do_not_agree_show_nothing():
     assert compare.paired_p([1, 2, 3], [1, 2, 3]) == 1
 
 
-@pytest.mark.parametrize("metric, upstream, ours, p, said", [
-    ("tpot_ms", 2, 1, 0.01, "gain"),
-    ("tpot_ms", 1, 2, 0.01, "loss"),
-    ("tokens_per_s", 1, 2, 0.01, "gain"),
-    ("tokens_per_s", 2, 1, 0.01, "loss"),
-    ("tpot_ms", 2, 1, 0.05, "no difference shown"),
-])
+@pytest.mark.parametrize(
+    "metric, upstream, ours, p, said",
+    [
+        ("tpot_ms", 2, 1, 0.01, "gain"),
+        ("tpot_ms", 1, 2, 0.01, "loss"),
+        ("tokens_per_s", 1, 2, 0.01, "gain"),
+        ("tokens_per_s", 2, 1, 0.01, "loss"),
+        ("tpot_ms", 2, 1, 0.05, "no difference shown"),
+    ],
+)
 def test_verdicts(metric, upstream, ours, p, said):
     assert compare.verdict(metric, [upstream] * 6, [ours] * 6, p) == said
 
@@ -128,7 +137,8 @@ def test_tokens_are_compared_one_by_one():
     other = {"upstream": [ids_run((7,), (1, 2, 3))], "ours": [ids_run((7,), (1, 5, 3))]}
     assert compare.same_tokens([same, other], repeats) == (False, "round 2, request 1, token 1: 2 and 5")
     assert compare.same_tokens([same], repeats | {"ours": [((1, 2),)] * 3}) == (
-        False, "repeats, request 0, token 2: 3 and nothing",
+        False,
+        "repeats, request 0, token 2: 3 and nothing",
     )
 
 
@@ -174,7 +184,9 @@ def test_the_small_model_is_the_real_one_with_fewer_layers_and_experts(tmp_path)
 def test_host_times_of_replays_can_be_drawn(tmp_path):
     cases = [
         {"name": f"{kind}-n4-bs{bs}-len{length}", "metric": "host_us", "upstream": 400, "ours": 10 * bs}
-        for kind in ("draft", "verify") for bs in (16, 2) for length in (512, 4096)
+        for kind in ("draft", "verify")
+        for bs in (16, 2)
+        for length in (512, 4096)
     ]
     groups, length = plots.by_batch(cases)
     assert length == 512 and set(groups) == {"draft-n4", "verify-n4"}

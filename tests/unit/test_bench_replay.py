@@ -12,7 +12,9 @@ def run(*words):
     return CliRunner().invoke(app, ["bench", "replay", *map(str, words)], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("text, expected", [("7", [7]), ("1,4,16", [1, 4, 16]), ("1-64", [1, 2, 4, 8, 16, 32, 64]), ("3-10,9", [3, 6, 9])])
+@pytest.mark.parametrize(
+    "text, expected", [("7", [7]), ("1,4,16", [1, 4, 16]), ("1-64", [1, 2, 4, 8, 16, 32, 64]), ("3-10,9", [3, 6, 9])]
+)
 def test_numbers(text, expected):
     assert numbers(text) == expected
 
@@ -25,7 +27,10 @@ def test_numbers(text, expected):
         (("--kind", "draft,decode"), "expected some of draft,verify,extend, got 'decode'"),
         (("--cache", "int4"), "expected some of bf16,fp8, got 'int4'"),
         (("--length", "163840"), "--length 163840 and its draft tokens do not fit --width 163840"),
-        (("--width", "1048576,1024,163840", "--length", "512,1020"), "--length 1020 and its draft tokens do not fit --width 1024"),
+        (
+            ("--width", "1048576,1024,163840", "--length", "512,1020"),
+            "--length 1020 and its draft tokens do not fit --width 1024",
+        ),
         (("--width", "wide"), "expected numbers as in 1,4,16 or 1-64 (doubling), got 'wide'"),
         (("--draft-steps", "1"), "with one draft step there is no metadata to replay"),
     ],

@@ -94,8 +94,14 @@ def test_both_sides_in_turn_a_table_a_result_file_and_pictures(bench, tmp_path):
 
     found = json.loads(bench.json.read_text())
     assert {key: found[key] for key in ("schema", "what", "gpu", "sglang", "torch", "plugin", "commit", "mode")} == {
-        "schema": 1, "what": "server", "gpu": "Fake H100", "sglang": "0.5.12.post1", "torch": "2.11.0",
-        "plugin": sglang_nsa_fused.__version__, "commit": None, "mode": "interleaved",
+        "schema": 1,
+        "what": "server",
+        "gpu": "Fake H100",
+        "sglang": "0.5.12.post1",
+        "torch": "2.11.0",
+        "plugin": sglang_nsa_fused.__version__,
+        "commit": None,
+        "mode": "interleaved",
     }
     assert found["same_tokens"] == {name: {"same": True, "why": ""} for name in ("bs1-len64", "bs2-len64")}
     cases = bench.cases()
@@ -268,11 +274,14 @@ def test_a_port_that_is_taken(bench, mode):
     assert failure(result) == f"FAILED port {bench.port + servers.PORTS_APART} is taken: give another --port"
 
 
-@pytest.mark.parametrize("fakes, said", [
-    ({"NO_LINE": "1"}, "on: the plugin is not active"),
-    ({"LINE_TOO": "1"}, "off: the plugin is active, and must not be"),
-    ({"FALLBACK": "on"}, "on: the server fell back: Warning: fused metadata copy kernel not available"),
-])
+@pytest.mark.parametrize(
+    "fakes, said",
+    [
+        ({"NO_LINE": "1"}, "on: the plugin is not active"),
+        ({"LINE_TOO": "1"}, "off: the plugin is active, and must not be"),
+        ({"FALLBACK": "on"}, "on: the server fell back: Warning: fused metadata copy kernel not available"),
+    ],
+)
 def test_the_plugin_on_the_wrong_side(bench, fakes, said):
     result = bench(**fakes)
     assert result.exit_code == 1
@@ -280,10 +289,13 @@ def test_the_plugin_on_the_wrong_side(bench, fakes, said):
     assert bench.calls.read_text().split()[2:] == [] and bench.processes() == []
 
 
-@pytest.mark.parametrize("site, said", [
-    ({"gpu": False}, "no GPU: torch.cuda.is_available() is False"),
-    ({"sglang": "0.5.6"}, "sglang 0.5.6 is not supported; supported are 0.5.7 to "),
-])
+@pytest.mark.parametrize(
+    "site, said",
+    [
+        ({"gpu": False}, "no GPU: torch.cuda.is_available() is False"),
+        ({"sglang": "0.5.6"}, "sglang 0.5.6 is not supported; supported are 0.5.7 to "),
+    ],
+)
 def test_a_machine_that_runs_no_server(bench, tmp_path, site, said):
     result = bench(site=stub_site(tmp_path / "other", **site))
     assert result.exit_code == 1
@@ -355,31 +367,37 @@ def test_ctrl_c_leaves_no_process_and_keeps_what_was_measured(bench, number, chi
     assert bench.cases()["bs1-len64", "tpot_ms"]["samples"] == 2
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--length", "40000"], ["--length 40000", "--context-length 32768"]),
-    (["--experts", "20"], ["--experts", "multiple of 8", "20"]),
-    (["--cache", "fp4"], ["--cache", "bf16, fp8", "fp4"]),
-    (["--concurrency", "1,x"], ["1,4,16", "1,x"]),
-    (["--attach", "localhost:1", "http://b"], ["--attach", "localhost:1"]),
-    (["--attach", "http://a", "http://b", "--one-at-a-time"], ["--attach", "--one-at-a-time", "got several"]),
-    (["--attach", "http://a", "http://b", "--simulate-acceptance", "2"], ["--simulate-acceptance", "SGLANG_SIMULATE_ACC_LEN"]),
-    (["--attach", "http://a", "http://b", "--layers", "2"], ["--layers is not for --attach"]),
-    (["--attach", "http://a", "http://b", "--port", "1"], ["--port is not for --attach"]),
-    (["--model-path", "org/model", "--experts", "32"], ["--experts is not for --model-path"]),
-    (["--repeats", "2"], ["--repeats is not for two servers at once"]),
-    (["--read-off", "a", "--read-on", "b", "--rounds", "7"], ["--rounds is not for --read-off"]),
-    (["--read-off", "a.jsonl"], ["--read-on", "got one"]),
-    (["--draft-steps", "1"], ["--draft-steps"]),
-    (["--mem-fraction", "5"], ["--mem-fraction"]),
-    (["--attach", "http://a", "http://a"], ["--attach", "http://a twice"]),
-    (["--model-path", ""], ["--model-path", "got an empty one"]),
-    (["--model-path", "/nowhere"], ["--model-path", "config.json", "got /nowhere"]),
-    (["--server-flags", 'a "b'], ["--server-flags", "No closing quotation"]),
-    (["--json", "/proc/no/where.json"], ["--json", "cannot be written"]),
-    (["--json", "/tmp"], ["--json", "it is a folder"]),
-    (["--plot", "/dev/null/a.png"], ["--plot", "cannot be written"]),
-    (["--log-dir", "/dev/null"], ["--log-dir", "cannot be written"]),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--length", "40000"], ["--length 40000", "--context-length 32768"]),
+        (["--experts", "20"], ["--experts", "multiple of 8", "20"]),
+        (["--cache", "fp4"], ["--cache", "bf16, fp8", "fp4"]),
+        (["--concurrency", "1,x"], ["1,4,16", "1,x"]),
+        (["--attach", "localhost:1", "http://b"], ["--attach", "localhost:1"]),
+        (["--attach", "http://a", "http://b", "--one-at-a-time"], ["--attach", "--one-at-a-time", "got several"]),
+        (
+            ["--attach", "http://a", "http://b", "--simulate-acceptance", "2"],
+            ["--simulate-acceptance", "SGLANG_SIMULATE_ACC_LEN"],
+        ),
+        (["--attach", "http://a", "http://b", "--layers", "2"], ["--layers is not for --attach"]),
+        (["--attach", "http://a", "http://b", "--port", "1"], ["--port is not for --attach"]),
+        (["--model-path", "org/model", "--experts", "32"], ["--experts is not for --model-path"]),
+        (["--repeats", "2"], ["--repeats is not for two servers at once"]),
+        (["--read-off", "a", "--read-on", "b", "--rounds", "7"], ["--rounds is not for --read-off"]),
+        (["--read-off", "a.jsonl"], ["--read-on", "got one"]),
+        (["--draft-steps", "1"], ["--draft-steps"]),
+        (["--mem-fraction", "5"], ["--mem-fraction"]),
+        (["--attach", "http://a", "http://a"], ["--attach", "http://a twice"]),
+        (["--model-path", ""], ["--model-path", "got an empty one"]),
+        (["--model-path", "/nowhere"], ["--model-path", "config.json", "got /nowhere"]),
+        (["--server-flags", 'a "b'], ["--server-flags", "No closing quotation"]),
+        (["--json", "/proc/no/where.json"], ["--json", "cannot be written"]),
+        (["--json", "/tmp"], ["--json", "it is a folder"]),
+        (["--plot", "/dev/null/a.png"], ["--plot", "cannot be written"]),
+        (["--log-dir", "/dev/null"], ["--log-dir", "cannot be written"]),
+    ],
+)
 def test_bad_options_are_named(arguments, said):
     result = CliRunner().invoke(app, ["bench", "server", *arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert result.exit_code == 2
@@ -405,9 +423,19 @@ def test_the_command_line_imports_no_torch():
 def serving_result(**more) -> dict:
     """A line of sglang's bench_serving, without what we do not read."""
     return {
-        "backend": "sglang", "dataset_name": "random", "request_rate": float("inf"), "max_concurrency": 8,
-        "random_input_len": 1024, "random_output_len": 128, "output_throughput": 500.0, "median_ttft_ms": 90.0,
-        "median_tpot_ms": 9.0, "median_itl_ms": 8.0, "p99_itl_ms": 30.0, "accept_length": 2.5, **more,
+        "backend": "sglang",
+        "dataset_name": "random",
+        "request_rate": float("inf"),
+        "max_concurrency": 8,
+        "random_input_len": 1024,
+        "random_output_len": 128,
+        "output_throughput": 500.0,
+        "median_ttft_ms": 90.0,
+        "median_tpot_ms": 9.0,
+        "median_itl_ms": 8.0,
+        "p99_itl_ms": 30.0,
+        "accept_length": 2.5,
+        **more,
     }
 
 
@@ -431,15 +459,21 @@ def test_results_of_bench_serving_are_read_and_paired(bench, tmp_path):
     assert json.loads(bench.json.read_text())["mode"] == "bench_serving"
 
 
-@pytest.mark.parametrize("on, said", [
-    ("", "on.jsonl: expected results of bench_serving, and there are none"),
-    (2 * (json.dumps(serving_result()) + "\n"), "expected as many results of both sides, got 1 of --read-off and 2 of --read-on"),
-    ("{}\n", "on.jsonl:1: expected a result of bench_serving, and it has no output_throughput"),
-    ("no JSON\n", "on.jsonl:1: expected a result of bench_serving"),
-    ("[1]\n", "on.jsonl:1: expected a result of bench_serving, and it has no JSON"),
-    (json.dumps(serving_result(output_throughput="fast")), "on.jsonl:1: expected a result .* no output_throughput"),
-    (None, "on.jsonl: No such file or directory"),
-])
+@pytest.mark.parametrize(
+    "on, said",
+    [
+        ("", "on.jsonl: expected results of bench_serving, and there are none"),
+        (
+            2 * (json.dumps(serving_result()) + "\n"),
+            "expected as many results of both sides, got 1 of --read-off and 2 of --read-on",
+        ),
+        ("{}\n", "on.jsonl:1: expected a result of bench_serving, and it has no output_throughput"),
+        ("no JSON\n", "on.jsonl:1: expected a result of bench_serving"),
+        ("[1]\n", "on.jsonl:1: expected a result of bench_serving, and it has no JSON"),
+        (json.dumps(serving_result(output_throughput="fast")), "on.jsonl:1: expected a result .* no output_throughput"),
+        (None, "on.jsonl: No such file or directory"),
+    ],
+)
 def test_files_that_do_not_pair(bench, tmp_path, on, said):
     if on is not None:
         (tmp_path / "on.jsonl").write_text(on)

@@ -10,7 +10,17 @@ from sglang_nsa_fused.cli import app
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, KEEP_WIDE_TABLE
 
 CHECKS = [
-    "Python", "torch", "tvm-ffi", "sglang", "entry point", "loader", "allowlist", "gate", "library", "GPU", "upstream names",
+    "Python",
+    "torch",
+    "tvm-ffi",
+    "sglang",
+    "entry point",
+    "loader",
+    "allowlist",
+    "gate",
+    "library",
+    "GPU",
+    "upstream names",
 ]
 
 
@@ -58,9 +68,11 @@ def test_doctor_tells_what_page_tables_take(monkeypatch):
     last = result.stdout.splitlines()[len(CHECKS) :]
     assert last[0] == "page tables of the graphs, GiB on each GPU without → with the plugin"
     assert [line.split() for line in last[1:]] == [
-        ["target", "verify", "7.68", "→", "0.09"], ["draft", "steps", "5.12", "→", "0.02"],
-        ["draft", "extend", "7.68", "→", "0.09"], ["sum", "20.48", "→", "0.20"],
-    ]  # fmt: skip
+        ["target", "verify", "7.68", "→", "0.09"],
+        ["draft", "steps", "5.12", "→", "0.02"],
+        ["draft", "extend", "7.68", "→", "0.09"],
+        ["sum", "20.48", "→", "0.20"],
+    ]
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json", *SERVER], env={GATE: "1"}).stdout)["page tables"]
     assert found["sum"] == {side: sum(one[side] for name, one in found.items() if name != "sum") for side in found["sum"]}
 

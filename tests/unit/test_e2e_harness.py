@@ -38,7 +38,11 @@ class Run:
         ]
         env = {"MARGIN": "1", "FAKE": "", "COLUMNS": "300", **env}
         self.process = subprocess.Popen(
-            list(map(str, command)), env=os.environ | env, cwd=HERE.parents[1], text=True, stdout=subprocess.PIPE,
+            list(map(str, command)),
+            env=os.environ | env,
+            cwd=HERE.parents[1],
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 

@@ -287,12 +287,15 @@ def test_padding_may_name_a_slot_outside_the_pool(device, mode, slot, slot_dtype
     case.check(expected)
 
 
-@pytest.mark.parametrize("slots, extend, text", [
-    ([0, 1, -1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got -1"),
-    ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7 for request 1 of length 2"),
-    ([0, 1, 2], [4, 4, 5], "extend_lens: expected at most the captured 12 rows, got 13"),
-    ([0, 1, 2], [1, 2**31 - 1, 0], "extend_lens: expected at most the captured 12 rows, got 2147483648"),
-])
+@pytest.mark.parametrize(
+    "slots, extend, text",
+    [
+        ([0, 1, -1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got -1"),
+        ([0, 7, 1], [1, 1, 1], "req_pool_indices: expected 0 to 6, got 7 for request 1 of length 2"),
+        ([0, 1, 2], [4, 4, 5], "extend_lens: expected at most the captured 12 rows, got 13"),
+        ([0, 1, 2], [1, 2**31 - 1, 0], "extend_lens: expected at most the captured 12 rows, got 2147483648"),
+    ],
+)
 def test_what_only_the_device_sees(request, slots, extend, text):
     """On the CPU an error before anything is written; on a GPU, and emulated, a trap."""
     case = make("cpu", DRAFT_EXTEND, lengths=[300 - 4, 2 - 4, 64])
@@ -338,7 +341,9 @@ def test_any_size(device, data):
         leave_out=tuple(draw(st.sets(st.sampled_from(NAMES), max_size=9))),
         length_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         topk=draw(st.sampled_from([64, 2048])),
-        topk_buckets=tuple(sorted(draw(st.dictionaries(st.integers(0, 5000), st.integers(0, 40), min_size=1, max_size=8)).items())),
+        topk_buckets=tuple(
+            sorted(draw(st.dictionaries(st.integers(0, 5000), st.integers(0, 40), min_size=1, max_size=8)).items())
+        ),
         num_sms=draw(st.integers(1, 148)),
         seed=draw(st.integers(0, 1000)),
     ).run()

@@ -26,18 +26,68 @@ def value(name, new):
 
 
 AT_CAPTURE = [
-    (DECODE, destination("cache_seqlens", lambda t, _: t.long()), TypeError, "cache_seqlens_dst: expected dtype int32, got int64"),
-    (DECODE, destination("page_table_1", lambda t, _: [1]), TypeError, "page_table_1_dst: expected an int32 tensor, got ffi.Array"),
-    (DECODE, destination("cu_seqlens_k", lambda t, _: t[:-1]), ValueError, r"cu_seqlens_k_dst: expected a shape of at least \[4\], got \[3\]"),
-    (TARGET_VERIFY, destination("nsa_cache_seqlens", lambda t, _: t[:-1]), ValueError, r"nsa_cache_seqlens_dst: .* at least \[12\], got \[11\]"),
-    (TARGET_VERIFY, destination("page_table_1", lambda t, _: t[:3]), ValueError, r"page_table_1_dst: expected a shape of at least \[12, 0\], got \[3, "),
+    (
+        DECODE,
+        destination("cache_seqlens", lambda t, _: t.long()),
+        TypeError,
+        "cache_seqlens_dst: expected dtype int32, got int64",
+    ),
+    (
+        DECODE,
+        destination("page_table_1", lambda t, _: [1]),
+        TypeError,
+        "page_table_1_dst: expected an int32 tensor, got ffi.Array",
+    ),
+    (
+        DECODE,
+        destination("cu_seqlens_k", lambda t, _: t[:-1]),
+        ValueError,
+        r"cu_seqlens_k_dst: expected a shape of at least \[4\], got \[3\]",
+    ),
+    (
+        TARGET_VERIFY,
+        destination("nsa_cache_seqlens", lambda t, _: t[:-1]),
+        ValueError,
+        r"nsa_cache_seqlens_dst: .* at least \[12\], got \[11\]",
+    ),
+    (
+        TARGET_VERIFY,
+        destination("page_table_1", lambda t, _: t[:3]),
+        ValueError,
+        r"page_table_1_dst: expected a shape of at least \[12, 0\], got \[3, ",
+    ),
     (DECODE, destination("page_table_1", lambda t, _: t[:, ::2]), ValueError, "page_table_1_dst: expected last stride 1, got 2"),
     (DECODE, destination("real_page_table", lambda t, _: t[0]), ValueError, "real_page_table_dst: expected 2 dimensions, got 1"),
-    (DECODE, destination("paged_mqa_schedule", lambda t, _: t[:1]), ValueError, r"paged_mqa_schedule_dst: expected \[num_sms \+ 1, 2\], got 2 elements"),
-    (DECODE, destination("page_table_1", lambda t, _: t.as_strided(t.shape, (1, 1))), ValueError, "page_table_1_dst: expected rows apart"),
-    (DECODE, destination("nsa_cache_seqlens", lambda t, c: c.destinations[0][AT["cache_seqlens"]]), ValueError, "expected memory of its own, but it overlaps"),
-    (TARGET_VERIFY, destination("seqlens_expanded", lambda t, c: c.destinations[0][AT["nsa_cache_seqlens"]]), ValueError, "expected memory of its own"),
-    (DECODE, destination("page_table_1", lambda t, c: c.values.req_to_token[:3]), ValueError, "page_table_1_dst: .* overlaps the source req_to_token"),
+    (
+        DECODE,
+        destination("paged_mqa_schedule", lambda t, _: t[:1]),
+        ValueError,
+        r"paged_mqa_schedule_dst: expected \[num_sms \+ 1, 2\], got 2 elements",
+    ),
+    (
+        DECODE,
+        destination("page_table_1", lambda t, _: t.as_strided(t.shape, (1, 1))),
+        ValueError,
+        "page_table_1_dst: expected rows apart",
+    ),
+    (
+        DECODE,
+        destination("nsa_cache_seqlens", lambda t, c: c.destinations[0][AT["cache_seqlens"]]),
+        ValueError,
+        "expected memory of its own, but it overlaps",
+    ),
+    (
+        TARGET_VERIFY,
+        destination("seqlens_expanded", lambda t, c: c.destinations[0][AT["nsa_cache_seqlens"]]),
+        ValueError,
+        "expected memory of its own",
+    ),
+    (
+        DECODE,
+        destination("page_table_1", lambda t, c: c.values.req_to_token[:3]),
+        ValueError,
+        "page_table_1_dst: .* overlaps the source req_to_token",
+    ),
     (DECODE, value("num_splits", None), ValueError, "flashmla_num_splits_dst: expected None as its source is None"),
     (DECODE, value("segment_len", 0), ValueError, "segment_len: expected the tokens of a schedule's segment"),
     (DECODE, value("segment_len", -1), ValueError, "segment_len: expected 0 to 2147483647, got -1"),
@@ -83,7 +133,12 @@ AT_REPLAY = [
     (DECODE, batch(LENS, None), TypeError, "seq_lens: expected an int32 or int64 tensor, got None"),
     (DECODE, batch(SLOTS, lambda t: t.to(torch.int16)), TypeError, "req_pool_indices: expected dtype int32 or int64, got int16"),
     (DECODE, batch(SLOTS, lambda t: t.repeat(2)[::2]), ValueError, "req_pool_indices: expected last stride 1, got 2"),
-    (DECODE, batch(EXTEND, lambda _: torch.ones(3, dtype=torch.int32)), ValueError, "extend_lens: expected None but in draft extend"),
+    (
+        DECODE,
+        batch(EXTEND, lambda _: torch.ones(3, dtype=torch.int32)),
+        ValueError,
+        "extend_lens: expected None but in draft extend",
+    ),
     (DRAFT_EXTEND, batch(EXTEND, lambda t: t.long()), TypeError, "extend_lens: expected dtype int32, got int64"),
     (DRAFT_EXTEND, batch(EXTEND, lambda t: t[:2]), ValueError, "extend_lens: expected at least bs = 3 elements, got 2"),
 ]
@@ -102,7 +157,9 @@ def test_at_replay_nothing_is_written(mode, spoil, error, text):
 def test_schedules_of_different_sizes(device):
     case = make(device, num_dst=2)
     case.destinations[1][AT["paged_mqa_schedule"]] = torch.full((9, 2), -7, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=r"paged_mqa_schedule_dst1: expected \[133, 2\] as of the destinations before it, got \[9, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"paged_mqa_schedule_dst1: expected \[133, 2\] as of the destinations before it, got \[9, 2\]"
+    ):
         case.plan()
 
 
@@ -110,7 +167,9 @@ def test_a_pool_of_too_many_columns(device):
     case = make(device)
     wide = torch.empty((1, (1 << 30) + 1), dtype=torch.int32, device=device)  # on the CPU never touched
     case.values = case.values._replace(req_to_token=wide)
-    with pytest.raises(ValueError, match="req_to_token: expected at most 1073741824 columns, and 34359738368 for all .* got 1073741825"):
+    with pytest.raises(
+        ValueError, match="req_to_token: expected at most 1073741824 columns, and 34359738368 for all .* got 1073741825"
+    ):
         case.plan()
 
 
@@ -145,14 +204,17 @@ def test_int64_lengths_in_captured_memory(device, first):
 GOOD = dict(rows=12, cols=300, draft_tokens=4, topk=2048, page_size=64, segment_len=0, extra_last=False, num_sms=1, row_floor=0)
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"rows": 0}, "rows: expected 1 to 1073741824, got 0"),
-    ({"cols": 2**62}, "cols: expected 1 to 1073741824, got 4611686018427387904"),
-    ({"num_sms": 2**62}, "num_sms: expected 1 to 1073741824, got"),
-    ({"page_size": 0}, "page_size: expected 1 or more, got 0"),
-    ({"cols": 299}, "workspace: expected 3692 elements for these sizes, got 3704"),
-    ({"segment_len": 256}, "workspace: expected 3708 elements for these sizes, got 3704"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"rows": 0}, "rows: expected 1 to 1073741824, got 0"),
+        ({"cols": 2**62}, "cols: expected 1 to 1073741824, got 4611686018427387904"),
+        ({"num_sms": 2**62}, "num_sms: expected 1 to 1073741824, got"),
+        ({"page_size": 0}, "page_size: expected 1 or more, got 0"),
+        ({"cols": 299}, "workspace: expected 3692 elements for these sizes, got 3704"),
+        ({"segment_len": 256}, "workspace: expected 3708 elements for these sizes, got 3704"),
+    ],
+)
 def test_sizes_of_a_draft_extend_without_a_graph(device, change, text):
     case = make(device, DRAFT_EXTEND)
     *batch, bs = case.batch
@@ -177,7 +239,9 @@ def test_more_rows_than_equal_shares_of_a_draft_extend_without_a_graph(device):
 def test_too_few_rows_for_equal_shares(device):
     case = make(device, DRAFT_EXTEND, accepted=False)
     case.values = case.values._replace(rows=11)
-    with pytest.raises(ValueError, match="extend_lens: expected an int32 tensor, as 3 requests of 4 rows are more than the captured 11"):
+    with pytest.raises(
+        ValueError, match="extend_lens: expected an int32 tensor, as 3 requests of 4 rows are more than the captured 11"
+    ):
         ReplayPlan(DRAFT_EXTEND, case.destinations, values=case.values).generate(*case.batch)
     case.check_untouched()
 

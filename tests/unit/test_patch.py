@@ -16,7 +16,9 @@ from sglang_nsa_fused.cli import app
 
 PATCHES = sorted((Path(__file__).parents[2] / "patches/sglang").glob("*.patch"))
 RELEASES = [path.name.removesuffix("-plugin-loader.patch") for path in PATCHES]
-SOURCE = b"import logging\nimport os\n\nlogger = logging.getLogger()\n\n\ndef run_scheduler_process(\n    pipe,\n):\n    return pipe\n"
+SOURCE = (
+    b"import logging\nimport os\n\nlogger = logging.getLogger()\n\n\ndef run_scheduler_process(\n    pipe,\n):\n    return pipe\n"
+)
 
 
 def loader_lines() -> list[bytes]:

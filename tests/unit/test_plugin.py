@@ -40,8 +40,7 @@ def test_unknown_release_warns_once_and_leaves_sglang_alone(gate, monkeypatch, c
     monkeypatch.setattr(plugin, "find_release", unsupported("9.9.9"))
     plugin.activate()
     assert [record.getMessage() for record in caplog.records] == [
-        "sglang-nsa-fused: not active, sglang runs unchanged: sglang 9.9.9 is not supported; "
-        "supported are 0.5.7 to 0.5.23"
+        "sglang-nsa-fused: not active, sglang runs unchanged: sglang 9.9.9 is not supported; supported are 0.5.7 to 0.5.23"
     ]
 
 

@@ -4,7 +4,9 @@ from sglang_nsa_fused.settings import GATE, GATE_DSA, REQUIRED, VERIFY, Settings
 
 
 @pytest.mark.parametrize("name", [GATE, GATE_DSA])
-@pytest.mark.parametrize("value, enabled", [("1", True), ("true", True), ("YES", True), ("0", False), ("False", False), ("", False)])
+@pytest.mark.parametrize(
+    "value, enabled", [("1", True), ("true", True), ("YES", True), ("0", False), ("False", False), ("", False)]
+)
 def test_gate(name, value, enabled):
     assert Settings.from_env({name: value}).enabled is enabled
 
