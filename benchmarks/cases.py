@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
-from sglang_nsa_fused.bench.small_model import LAYERS
+from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
 NAME = re.compile(
     r"(?:(?P<kind>draft|verify|extend)-)?n(?P<draft_steps>\d+)-bs(?P<batch>\d+)-len(?P<length>\d+)(?:-width(?P<width>\d+))?"

@@ -15,11 +15,12 @@ from rich.table import Table
 
 from benchmarks.record import commit as project_commit
 from benchmarks.record import default_path
-from sglang_nsa_fused import ReplayPlan, backends, bare, plugin, reference
-from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.servers import NO_GPU
-from sglang_nsa_fused.bench.timing import copy_rate, gpu_us, host_us, launches
+from sglang_nsa_fused import ReplayPlan, backends, plugin, reference
 from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.tools import bare
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.servers import NO_GPU
+from sglang_nsa_fused.tools.bench.timing import copy_rate, gpu_us, host_us, launches
 
 WIDTH = 163_845  # upstream's captured row pitch for a context of 163,840 and five draft tokens
 

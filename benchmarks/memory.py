@@ -21,9 +21,9 @@ from pathlib import Path
 
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import drive, record, rounds, servers
-from sglang_nsa_fused.bench.record import OURS, SIDES
-from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
+from sglang_nsa_fused.tools.bench import drive, record, rounds, servers
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES
+from sglang_nsa_fused.tools.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 TOO_LOW = "Please try to increase --mem-fraction-static"

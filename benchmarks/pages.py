@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benchmarks.cases import Case, parse
 from benchmarks.kv_cache import MODELS, bytes_per_token
-from sglang_nsa_fused import table_memory
-from sglang_nsa_fused.bench.record import SIDES
-from sglang_nsa_fused.bench.servers import CACHES
-from sglang_nsa_fused.bench.small_model import LAYERS
+from sglang_nsa_fused.tools import table_memory
+from sglang_nsa_fused.tools.bench.record import SIDES
+from sglang_nsa_fused.tools.bench.servers import CACHES
+from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
 HERE = Path(__file__).parent
 # Metric of a refresh -> column, its decimals, and what it counts in.

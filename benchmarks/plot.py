@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.cases import Case, parse
 from benchmarks.pages import load
-from sglang_nsa_fused.bench.plots import draw, save
+from sglang_nsa_fused.tools.bench.plots import draw, save
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAYS, SERVERS = ("h100-0.5.12.post1", "h200-0.5.23"), ("h100-0.5.12.post1", "h100-0.5.17")

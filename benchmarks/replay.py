@@ -12,10 +12,10 @@ from rich.console import Console
 
 from benchmarks.record import commit as project_commit
 from benchmarks.record import default_path
-from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
-from sglang_nsa_fused.bench.replay import KINDS, names, numbers
-from sglang_nsa_fused.bench.servers import NO_GPU
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.refreshes import Case, Classes, Results, run
+from sglang_nsa_fused.tools.bench.replay import KINDS, names, numbers
+from sglang_nsa_fused.tools.bench.servers import NO_GPU
 
 WIDTHS, SHORT, LONG = (163_840, 1_048_576), 512, 131_072  # the contexts of DeepSeek-V3.2 and of GLM-5.2
 MAIN, FEW, WIDTH = 4, (1, 64), WIDTHS[0]  # draft steps and width of what is measured with all the rest

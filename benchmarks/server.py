@@ -29,10 +29,10 @@ from rich.table import Table
 
 from benchmarks.record import commit, default_path
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import record, servers, sides, small_model
-from sglang_nsa_fused.bench.probed import Probed, observed
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
-from sglang_nsa_fused.bench.servers import CACHES, Failed, console, gpu_memory_mib
+from sglang_nsa_fused.tools.bench import record, servers, sides, small_model
+from sglang_nsa_fused.tools.bench.probed import Probed, observed
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench.servers import CACHES, Failed, console, gpu_memory_mib
 
 OBSERVED = 2  # runs of each case and server, after those that count
 

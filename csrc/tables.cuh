@@ -54,7 +54,7 @@ template <int kCapacity>
 __device__ __forceinline__ int slot_of(const GenerateParams<kCapacity>& p, int i) {
   const int64_t slot = load_index(p.req_pool_indices, p.req_pool_indices_64, i);
   if (slot >= 0 && slot < p.num_slots) return static_cast<int>(slot);
-  check(load_index(p.seq_lens, p.seq_lens_64, i) <= 1);
+  check(p.num_slots > 0 && load_index(p.seq_lens, p.seq_lens_64, i) <= 1);
   return 0;
 }
 

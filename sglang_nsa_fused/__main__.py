@@ -1,3 +1,3 @@
-from sglang_nsa_fused.cli import main
+from sglang_nsa_fused.tools.cli import main
 
 main(prog_name="sglang-nsa-fused")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.tools.bench import servers
 
 FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_server.py").resolve())])
 

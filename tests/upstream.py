@@ -5,8 +5,9 @@ import gc
 
 import torch
 
-from sglang_nsa_fused import backends, bare, planners, plugin
+from sglang_nsa_fused import backends, planners, plugin
 from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.tools import bare
 
 SETTINGS = Settings(enabled=True, required=False, allowlist=None)
 WIDE = dataclasses.replace(SETTINGS, keep_wide_table=True)

@@ -2,9 +2,10 @@
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
+
+import generate  # beside this file
 
 HERE = Path(__file__).resolve().parent
 AFTER = {
@@ -45,7 +46,7 @@ def main() -> None:
     }
     for path, text in new.items():
         path.write_text(text)
-    shutil.copy(HERE / KERNEL, tree / KERNEL)
+    (tree / KERNEL).write_text(generate.source())
 
 
 if __name__ == "__main__":

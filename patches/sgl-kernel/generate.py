@@ -1,8 +1,6 @@
 """Writes csrc/attention/fused_metadata_copy.cu: the wrapper with the kernel's headers put in their places."""
 
-import argparse
 import re
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,17 +23,15 @@ def inline(path: Path, seen: set) -> str:
     return re.sub(r"\n{3,}", "\n\n", text + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the output is stale")
-    check = parser.parse_args().check
-    text = HEADER + inline(WRAPPER, set()).rstrip() + "\n"
-    if not check:
-        OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-        OUTPUT.write_text(text)
-    elif not OUTPUT.exists() or OUTPUT.read_text() != text:
-        sys.exit(f"{OUTPUT}: stale; run {Path(__file__).name}")
+def source() -> str:
+    return HEADER + inline(WRAPPER, set()).rstrip() + "\n"
+
+
+def write() -> Path:
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(source())
+    return OUTPUT
 
 
 if __name__ == "__main__":
-    main()
+    print(write())

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ def load_extension(verbose: bool = False) -> SimpleNamespace:
     """
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     # The build follows no includes: a kernel that changed must change the command line.
-    kernel = hashlib.sha256((HERE / "csrc/attention/fused_metadata_copy.cu").read_bytes()).hexdigest()
+    kernel = hashlib.sha256(runpy.run_path(str(HERE / "generate.py"))["write"]().read_bytes()).hexdigest()
     flags = ["-O3", f"-DNSA_FUSED_KERNEL={kernel}"]
     load(NAME, [str(HERE / "torch_extension.cu")], extra_cuda_cflags=flags, is_python_module=False, verbose=verbose)
     ops = getattr(torch.ops, NAME)

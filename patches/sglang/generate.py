@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from sglang_nsa_fused.patch import TARGET, Patch, sha256  # noqa: E402
+from sglang_nsa_fused.tools.patch import TARGET, Patch, sha256  # noqa: E402
 
 RELEASES = ("0.5.7", "0.5.8", "0.5.8.post1", "0.5.9", "0.5.10", "0.5.10.post1")
 LOADER = """\

@@ -5,7 +5,7 @@ import pytest
 import torch
 from serving import CONTEXT, Configuration, Options, running
 
-from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.tools.bench import servers
 
 HERE = Path(__file__).resolve().parent
 DRAFT_STEPS = (2, 3, 4, 5, 7)

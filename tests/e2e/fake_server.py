@@ -28,6 +28,7 @@ calls, split = itertools.count(1), int(os.environ.get("SPLIT", 0)) if plugin els
 if args.enable_dp_attention and "REFUSES_DP" in os.environ:
     raise SystemExit("ValueError: no data-parallel attention")
 
+STEP_SECONDS = 0.04  # long beside what a client on a busy machine takes to send a request: several must meet
 running: dict[str, asyncio.Event] = {}  # rid -> set to abort it
 prefixes: set[int] = set()
 kept = []  # the leak
@@ -74,7 +75,7 @@ async def answer(body: dict, prompt: tuple, apart: bool) -> dict:
     running[rid], ids, steps = aborted, prompt, 0
     try:
         while len(ids) - len(prompt) < body["sampling_params"]["max_new_tokens"] and not aborted.is_set():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(STEP_SECONDS)
             steps += 1
             log(f"Decode batch, #running-req: {len(running)}, cuda graph: {len(running) <= args.graph_bs}, #queue-req: 0")
             for _ in range(min(2, body["sampling_params"]["max_new_tokens"] - len(ids) + len(prompt))):

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import aiohttp
 
-from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.compare import most_alike
-from sglang_nsa_fused.bench.probe import DECISIVE
-from sglang_nsa_fused.bench.probed import Probed, observed
-from sglang_nsa_fused.bench.servers import HOST, Failed, console
 from sglang_nsa_fused.plugin import find_release
+from sglang_nsa_fused.tools.bench import servers
+from sglang_nsa_fused.tools.bench.compare import most_alike
+from sglang_nsa_fused.tools.bench.probe import DECISIVE
+from sglang_nsa_fused.tools.bench.probed import Probed, observed
+from sglang_nsa_fused.tools.bench.servers import HOST, Failed, console
 
 SIDES = OFF, ON = ("off", "on")
 CAPTURED = 8  # the largest batch with a graph

@@ -5,8 +5,9 @@ import torch
 from generated import MODES, make
 from upstream import CAPTURE_BS, Upstream, batches
 
-from sglang_nsa_fused import bare, kernels
+from sglang_nsa_fused import kernels
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND
+from sglang_nsa_fused.tools import bare
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from upstream import Upstream
 
-from sglang_nsa_fused import planners, stand_ins
+from sglang_nsa_fused import planners
+from sglang_nsa_fused.tools import stand_ins
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from upstream import assert_equal_fields, live_bytes, page_tables
 
-from sglang_nsa_fused import bare
-from sglang_nsa_fused.bench import refreshes
-from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, backend_of, held, refresh_of
-from sglang_nsa_fused.bench.replay import KINDS
+from sglang_nsa_fused.tools import bare
+from sglang_nsa_fused.tools.bench import refreshes
+from sglang_nsa_fused.tools.bench.refreshes import Case, Classes, Results, backend_of, held, refresh_of
+from sglang_nsa_fused.tools.bench.replay import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

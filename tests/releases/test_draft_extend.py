@@ -3,9 +3,9 @@
 import pytest
 from upstream import CAPTURE_BS
 
-from sglang_nsa_fused import bare
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.planners import Planners
+from sglang_nsa_fused.tools import bare
 
 DRAFT_TOKENS = 4
 

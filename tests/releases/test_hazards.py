@@ -6,7 +6,7 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, WIDE, assert_equal_fields, assert_same_fields, batches, steps
 
-from sglang_nsa_fused import bare
+from sglang_nsa_fused.tools import bare
 
 
 def test_lengths_that_are_the_runners_own(upstream, deep_gemm):

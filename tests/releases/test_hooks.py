@@ -13,8 +13,8 @@ import torch
 from forked import Parent
 
 from sglang_nsa_fused import plugin
-from sglang_nsa_fused.patch import TARGET, Installed
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
+from sglang_nsa_fused.tools.patch import TARGET, Installed
 
 RELEASE, VERSION = plugin.find_release()
 PLUGINS = Path(importlib.util.find_spec("sglang").origin).parent / "srt/plugins"  # found without an import
@@ -22,7 +22,7 @@ WAYS = {
     "loader": "from sglang.srt.plugins import load_plugins; load_plugins()",
     "patch": """
 import os, textwrap
-from sglang_nsa_fused.patch import Installed
+from sglang_nsa_fused.tools.patch import Installed
 lines = textwrap.dedent(b"".join(Installed().patch().lines).decode())
 exec(lines, {"os": os, "logger": logging.getLogger("scheduler")})
 """,
@@ -32,7 +32,8 @@ LOADER = "loader" if PLUGINS.exists() else "patch"
 LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
-from sglang_nsa_fused import bare, plugin
+from sglang_nsa_fused import plugin
+from sglang_nsa_fused.tools import bare
 release, version = plugin.find_release()
 {before}
 {load}
@@ -50,7 +51,10 @@ IMPORT = "import torch; bare.import_upstream(release, 'cuda' if torch.cuda.is_av
 @pytest.fixture(scope="module")
 def start():
     """start(code, env) -> CompletedProcess"""
-    imports = f"from sglang_nsa_fused import bare, plugin; release, version = plugin.find_release(); {IMPORT}"
+    imports = (
+        "from sglang_nsa_fused import plugin; from sglang_nsa_fused.tools import bare; release, version = plugin.find_release(); "
+    )
+    imports += IMPORT
     parent = None if torch.cuda.is_available() else Parent(imports)
 
     def run(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:

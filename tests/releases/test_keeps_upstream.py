@@ -7,7 +7,8 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import bare, buffers, hooks, planners, releases
+from sglang_nsa_fused import buffers, hooks, planners, releases
+from sglang_nsa_fused.tools import bare
 
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, LONGEST, WIDE, after, assert_equal_fields, batches, stale_fields
 
-from sglang_nsa_fused import bare
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.replay import PrecomputedCopy
+from sglang_nsa_fused.tools import bare
 
 GRAPH_MODES = ["DECODE", "TARGET_VERIFY", "DRAFT_EXTEND", "DRAFT_EXTEND_V2"]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, assert_same_fields, batches, steps
 
-from sglang_nsa_fused import bare, planners, reference
+from sglang_nsa_fused import planners, reference
+from sglang_nsa_fused.tools import bare
 
 
 @pytest.fixture

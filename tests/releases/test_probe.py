@@ -6,10 +6,10 @@ import pytest
 import torch
 from upstream import assert_equal_fields, assert_same_fields, live_bytes, page_tables, steps
 
-from sglang_nsa_fused import bare
-from sglang_nsa_fused.bench import probe
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.replay import Replay
+from sglang_nsa_fused.tools import bare
+from sglang_nsa_fused.tools.bench import probe
 
 
 def test_kinds_of_forward_modes(upstream):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, assert_same_fields, stale_fields, steps
 
-from sglang_nsa_fused import bare, hooks, kernels, replay
+from sglang_nsa_fused import hooks, kernels, replay
 from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.tools import bare
 
 
 @pytest.mark.parametrize("flashmla", [False, True])

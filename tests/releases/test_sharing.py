@@ -5,7 +5,8 @@ import logging
 import torch
 from upstream import assert_same_fields, steps
 
-from sglang_nsa_fused import bare, buffers
+from sglang_nsa_fused import buffers
+from sglang_nsa_fused.tools import bare
 
 
 def storages(backend):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from upstream import page_tables
 
-from sglang_nsa_fused import bare, doctor, plugin, table_memory
+from sglang_nsa_fused import plugin
+from sglang_nsa_fused.tools import bare, doctor, table_memory
 
 CONTEXT, MAX_BS, TOKENS = 1000, 12, 4  # an odd number of pages
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from upstream_classes import Runner, Upstream
 
-from sglang_nsa_fused import stand_ins
+from sglang_nsa_fused.tools import stand_ins
 
 DRAFT_TOKENS = 4
 INDEX_TOPK = 2048

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream import CAPTURE_BS, SETTINGS, WIDE, assert_equal_fields, assert_same_fields, batches, steps
 
-from sglang_nsa_fused import bare, buffers, hooks, kernels, releases, replay, stand_ins
+from sglang_nsa_fused import buffers, hooks, kernels, releases, replay
+from sglang_nsa_fused.tools import bare, stand_ins
 
 DRAFT_TOKENS = 4
 MODES = ["TARGET_VERIFY", "DRAFT_EXTEND_V2"]

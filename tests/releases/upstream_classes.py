@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-from sglang_nsa_fused import stand_ins
+from sglang_nsa_fused.tools import stand_ins
 
 
 @dataclass(frozen=True)

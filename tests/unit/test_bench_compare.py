@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sglang_nsa_fused.bench import compare, plots, rounds, small_model
-from sglang_nsa_fused.bench.drive import Answer, Case, Chunks, Refused, Run
+from sglang_nsa_fused.tools.bench import compare, plots, rounds, small_model
+from sglang_nsa_fused.tools.bench.drive import Answer, Case, Chunks, Refused, Run
 
 MS = 1_000_000  # nanoseconds
 

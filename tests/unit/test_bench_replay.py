@@ -4,8 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sglang_nsa_fused.bench.replay import numbers
-from sglang_nsa_fused.cli import app
+from sglang_nsa_fused.tools.bench.replay import numbers
+from sglang_nsa_fused.tools.cli import app
 
 
 def run(*words):

@@ -15,8 +15,8 @@ from stand_in import FAKE, free_port, is_free, stub_site, until
 from typer.testing import CliRunner
 
 import sglang_nsa_fused
-from sglang_nsa_fused.bench import probed, servers, sides
-from sglang_nsa_fused.cli import app
+from sglang_nsa_fused.tools.bench import probed, servers, sides
+from sglang_nsa_fused.tools.cli import app
 
 METRICS = {"tokens_per_s", "accept_length", "tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_ms", "step_ms"}
 
@@ -413,7 +413,9 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_the_command_line_imports_no_torch():
-    code = "import sys, sglang_nsa_fused.cli; sys.exit(bool({'torch', 'scipy', 'aiohttp', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, sglang_nsa_fused.tools.cli; sys.exit(bool({'torch', 'scipy', 'aiohttp', 'matplotlib'} & set(sys.modules)))"
+    )
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(sglang_nsa_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     }

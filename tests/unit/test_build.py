@@ -37,6 +37,6 @@ def test_make_builds_anew_where_a_source_has_changed(tmp_path):
         (tmp_path / stamp).touch()
     make = ["make", "-q", "-C", str(ROOT), f"VENV={tmp_path}", f"{tmp_path}/plugin"]
     assert subprocess.run(make).returncode == 0
-    sources = ["CMakeLists.txt", "csrc/cpu.cc", "sglang_nsa_fused/plan.py", "sglang_nsa_fused/bench/model/config.json"]
+    sources = ["CMakeLists.txt", "csrc/cpu.cc", "sglang_nsa_fused/plan.py", "sglang_nsa_fused/tools/bench/model/config.json"]
     for source in [*sources, "patches/sglang/0.5.9-plugin-loader.patch"]:
         assert subprocess.run([*make, "-W", source]).returncode == 1, source

@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 import sglang_nsa_fused
 from sglang_nsa_fused import plugin, releases
-from sglang_nsa_fused.cli import app
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, KEEP_WIDE_TABLE
+from sglang_nsa_fused.tools.cli import app
 
 CHECKS = [
     "Python",

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from sglang_nsa_fused import patch
-from sglang_nsa_fused.cli import app
+from sglang_nsa_fused.tools import patch
+from sglang_nsa_fused.tools.cli import app
 
 PATCHES = sorted((Path(__file__).parents[2] / "patches/sglang").glob("*.patch"))
 RELEASES = [path.name.removesuffix("-plugin-loader.patch") for path in PATCHES]

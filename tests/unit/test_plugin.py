@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from sglang_nsa_fused import doctor, plugin, releases
+from sglang_nsa_fused import plugin, releases
 from sglang_nsa_fused.settings import GATE, REQUIRED
+from sglang_nsa_fused.tools import doctor
 
 
 def test_import_without_the_gate_is_cheap(tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_nsa_fused.bench import probe
+from sglang_nsa_fused.tools.bench import probe
 
 VOCABULARY, HIDDEN = 640, 512
 

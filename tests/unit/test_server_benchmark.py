@@ -6,7 +6,7 @@ import json
 import pytest
 from stand_in import FAKE, free_port, stub_site
 
-from sglang_nsa_fused.bench import probed
+from sglang_nsa_fused.tools.bench import probed
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Iterator
 
-from sglang_nsa_fused.bench import servers
+from sglang_nsa_fused.tools.bench import servers
 
 SETTLE_SECONDS = 1.5  # the probe looks and writes each half second
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ContextManager, Iterable
 
-from sglang_nsa_fused.bench import servers
-from sglang_nsa_fused.bench.probed import Probed, observed, settle
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
-from sglang_nsa_fused.bench.servers import Failed
+from sglang_nsa_fused.tools.bench import servers
+from sglang_nsa_fused.tools.bench.probed import Probed, observed, settle
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench.servers import Failed
 
 LABELS = {UPSTREAM: "off", OURS: "on"}
 GRAPH = "draft graph"  # seen while observed alone

@@ -7,10 +7,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS
-from sglang_nsa_fused.bench.record import SIDES
-from sglang_nsa_fused.bench.servers import Failed, OutOfMemory
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.compare import BETTER_LARGER, GAIN, LEAST_ROUNDS, LEVEL, LOSS, METRICS
+from sglang_nsa_fused.tools.bench.record import SIDES
+from sglang_nsa_fused.tools.bench.servers import Failed, OutOfMemory
 
 WIDTH = 120
 LOG_LINES = 5  # of a server's log, behind an error
@@ -38,7 +38,7 @@ class Result:
             say(note)
         say(f"results in {self.path}")
         if plot:
-            from sglang_nsa_fused.bench.plots import latency_and_host
+            from sglang_nsa_fused.tools.bench.plots import latency_and_host
 
             for path in latency_and_host(self.head, self.cases, plot):
                 say(f"picture in {path}")

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from sglang_nsa_fused.bench import compare
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
-from sglang_nsa_fused.bench.servers import Failed
+from sglang_nsa_fused.tools.bench import compare
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench.servers import Failed
 
 # Our metric -> the field of a result. bench_serving has no inter-token p90.
 FIELDS = {

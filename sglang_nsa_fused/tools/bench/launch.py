@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sglang_nsa_fused import releases
-from sglang_nsa_fused.bench import rounds, servers, small_model
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
-from sglang_nsa_fused.bench.report import console
-from sglang_nsa_fused.bench.rounds import Book, Options
-from sglang_nsa_fused.bench.servers import Failed
-from sglang_nsa_fused.bench.sides import Attached, Setup, server_info
+from sglang_nsa_fused.tools.bench import rounds, servers, small_model
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench.report import console
+from sglang_nsa_fused.tools.bench.rounds import Book, Options
+from sglang_nsa_fused.tools.bench.servers import Failed
+from sglang_nsa_fused.tools.bench.sides import Attached, Setup, server_info
 
 SPECULATING = 48  # requests that sglang runs at a time with speculation, unless told otherwise
 

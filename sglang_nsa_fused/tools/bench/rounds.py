@@ -9,9 +9,9 @@ from typing import Callable
 
 import aiohttp
 
-from sglang_nsa_fused.bench import compare, drive, servers, sides
-from sglang_nsa_fused.bench.drive import Case, Run
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench import compare, drive, servers, sides
+from sglang_nsa_fused.tools.bench.drive import Case, Run
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
 
 CHECKS = 3  # repeats of the same call, which tell whether sglang repeats itself
 

@@ -2,8 +2,8 @@
 
 import typer
 
-from sglang_nsa_fused.bench.replay import replay
-from sglang_nsa_fused.bench.server import server
+from sglang_nsa_fused.tools.bench.replay import replay
+from sglang_nsa_fused.tools.bench.server import server
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command()(server)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sglang_nsa_fused import __doc__ as about
 from sglang_nsa_fused import __version__
-from sglang_nsa_fused.bench.commands import app as bench_app
+from sglang_nsa_fused.tools.bench.commands import app as bench_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 main = app
@@ -44,8 +44,8 @@ def doctor(
     missing = [option for option, value in server.items() if value is None]
     if 0 < len(missing) < len(server):
         raise typer.BadParameter(f"expected all of {', '.join(server)}, or none; {' and '.join(missing)} is missing")
-    from sglang_nsa_fused.doctor import examine, page_tables
     from sglang_nsa_fused.plugin import Unsupported
+    from sglang_nsa_fused.tools.doctor import examine, page_tables
 
     findings = []
     console = Console(soft_wrap=True, highlight=False)
@@ -82,8 +82,8 @@ def demo(
     flashmla: Annotated[bool, typer.Option(help="With FlashMLA's tile metadata, as for an fp8 cache.")] = False,
 ) -> None:
     """Refresh metadata on sglang's real classes, plugin off and on, without a model; compare and time both."""
-    from sglang_nsa_fused.demo import run
     from sglang_nsa_fused.plugin import Unsupported
+    from sglang_nsa_fused.tools.demo import run
 
     console = Console()
     try:
@@ -99,7 +99,7 @@ app.add_typer(bench_app, name="bench")
 
 
 def _patch(action) -> None:
-    from sglang_nsa_fused.patch import Installed, Refused
+    from sglang_nsa_fused.tools.patch import Installed, Refused
 
     try:
         print(action(Installed()))

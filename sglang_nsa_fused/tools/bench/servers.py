@@ -17,9 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sglang_nsa_fused.patch import LOADER
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, GATE_DSA, REQUIRED
+from sglang_nsa_fused.tools.patch import LOADER
 
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"

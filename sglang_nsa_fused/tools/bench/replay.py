@@ -7,7 +7,7 @@ from typing import Annotated, Callable, Iterable
 
 import typer
 
-from sglang_nsa_fused.bench.servers import CACHES, NO_GPU
+from sglang_nsa_fused.tools.bench.servers import CACHES, NO_GPU
 
 KINDS = ("draft", "verify", "extend")
 INTERRUPTED = 130  # exit status
@@ -69,9 +69,9 @@ def replay(
     import torch
     from rich.console import Console
 
-    from sglang_nsa_fused.bench import record
-    from sglang_nsa_fused.bench.refreshes import Case, Classes, Results, run
     from sglang_nsa_fused.plugin import Unsupported
+    from sglang_nsa_fused.tools.bench import record
+    from sglang_nsa_fused.tools.bench.refreshes import Case, Classes, Results, run
 
     console = Console(width=150, highlight=False)
 
@@ -99,6 +99,6 @@ def replay(
             if json:
                 console.print(f"wrote {json}")
             if plot:
-                from sglang_nsa_fused.bench.plots import host_by_batch
+                from sglang_nsa_fused.tools.bench.plots import host_by_batch
 
                 host_by_batch(results.head, results.cases, plot)

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy
 
-from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.drive import Run
-from sglang_nsa_fused.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.drive import Run
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
 
 LEVEL = 0.05  # of p, below which a difference is called one
 LEAST_ROUNDS = 6  # with fewer no p is below it

@@ -11,11 +11,12 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from sglang_nsa_fused import backends, bare, plugin, table_memory
-from sglang_nsa_fused.bench import record
-from sglang_nsa_fused.bench.record import SIDES
-from sglang_nsa_fused.bench.timing import allocated, copy_rate, gpu_busy, host_us_each, syncs
+from sglang_nsa_fused import backends, plugin
 from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.tools import bare, table_memory
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.record import SIDES
+from sglang_nsa_fused.tools.bench.timing import allocated, copy_rate, gpu_busy, host_us_each, syncs
 
 LARGE = 50_000_000  # bytes moved, more than the L2 cache holds, from which on a share of the copy rate means something
 ROUND = 10  # calls of one side before the other's

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_nsa_fused import planners, stand_ins
+from sglang_nsa_fused import planners
 from sglang_nsa_fused.releases import Release
+from sglang_nsa_fused.tools import stand_ins
 
 
 def import_upstream(release: Release, device: str) -> types.ModuleType:

@@ -13,8 +13,9 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_nsa_fused import backends, bare, kernels, plugin, stand_ins
+from sglang_nsa_fused import backends, kernels, plugin
 from sglang_nsa_fused.settings import Settings
+from sglang_nsa_fused.tools import bare, stand_ins
 
 # Views and allocations move no data; they cost host time, which is measured, and no operation.
 _NO_DATA = (

@@ -4,8 +4,9 @@ import sys
 from importlib import metadata
 from typing import Callable, Iterator, NamedTuple
 
-from sglang_nsa_fused import bare, kernels, patch, plugin, releases, table_memory
+from sglang_nsa_fused import kernels, plugin, releases
 from sglang_nsa_fused.settings import ALLOWLIST, EXTERNAL, EXTERNAL_PACKAGE, GATE, KEEP_WIDE_TABLE, Settings
+from sglang_nsa_fused.tools import bare, patch, table_memory
 
 _WITHOUT = "sglang {} to {}".format(
     *(next(one.versions[0] for one in releases.RELEASES if one.drop_wide_table), releases.RELEASES[-1].versions[-1])

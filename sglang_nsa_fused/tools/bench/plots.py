@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sglang_nsa_fused.bench.record import SIDES
+from sglang_nsa_fused.tools.bench.record import SIDES
 
 NAMES = {"upstream": ("sglang", "#d9822b"), "ours": ("with the plugin", "#2b6cb0")}
 MARKERS = "os^vD*"

@@ -9,9 +9,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from sglang_nsa_fused.bench import servers, small_model
-from sglang_nsa_fused.bench.replay import INTERRUPTED, numbers
-from sglang_nsa_fused.bench.servers import CACHES, Failed
+from sglang_nsa_fused.tools.bench import servers, small_model
+from sglang_nsa_fused.tools.bench.replay import INTERRUPTED, numbers
+from sglang_nsa_fused.tools.bench.servers import CACHES, Failed
 
 SMALL = {"context_length": 32_768, "mem_fraction": 0.9, "cache": "bf16"}  # of the small model, unless given
 OF_SERVERS = (
@@ -88,7 +88,7 @@ def server(
     for package in ("aiohttp", "scipy", *(["matplotlib"] if plot else [])):
         if importlib.util.find_spec(package) is None:
             raise SystemExit(f"{package} is missing: pip install aiohttp matplotlib 'scipy>=1.9'")
-    from sglang_nsa_fused.bench import report
+    from sglang_nsa_fused.tools.bench import report
 
     folder = (log_dir or Path(tempfile.mkdtemp(prefix="nsa-bench-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def check_writable(option: str, path: Path) -> None:
 
 def read(result, options: SimpleNamespace) -> None:
     """Raises Failed."""
-    from sglang_nsa_fused.bench import record, serving
+    from sglang_nsa_fused.tools.bench import record, serving
 
     off, on = serving.read(options.read_off), serving.read(options.read_on)
     versions = {(one.get("server_info") or {}).get("version") for one in off + on}
@@ -185,8 +185,8 @@ def read(result, options: SimpleNamespace) -> None:
 
 def measure(result, folder: Path, options: SimpleNamespace) -> None:
     """Raises Failed, and KeyboardInterrupt; `result` then has what was measured until there."""
-    from sglang_nsa_fused.bench import launch, record, report, rounds
-    from sglang_nsa_fused.bench.drive import Case
+    from sglang_nsa_fused.tools.bench import launch, record, report, rounds
+    from sglang_nsa_fused.tools.bench.drive import Case
 
     servers.interrupt_on_signals()
     names = ("rounds", "warmup", "repeats", "output_tokens", "request_seconds", "ready_seconds")

@@ -63,7 +63,7 @@ class Installed:
 
     def patch(self) -> Patch:
         """Raises Refused where there is none for this release."""
-        for folder in (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches/sglang"):
+        for folder in (Path(__file__).parents[1] / "patches", Path(__file__).parents[2] / "patches/sglang"):
             path = folder / f"{self.version}-plugin-loader.patch"
             if path.exists():
                 return Patch.parse(path.read_bytes())
