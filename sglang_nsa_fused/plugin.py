@@ -40,13 +40,36 @@ def install(settings, direct: bool = False) -> None:
         return  # loaded in two ways
     from sglang_nsa_fused.backends import subclasses
 
-    registry = None if direct else _hook_registry()
-    for name, cls in zip(names, subclasses(release, module, version, settings)):
+    registry, ours = None if direct else _hook_registry(), dict(zip(names, subclasses(release, module, version, settings)))
+    for name, cls in ours.items():
         if registry is None:
             # Whoever makes a backend imports the class from the module as late as that.
             setattr(module, name, cls)
         else:
             registry.HookRegistry.register(f"{release.module}.{name}", cls, registry.HookType.REPLACE)
+    if registry is not None:
+        _check_once_applied(registry.HookRegistry, module, ours, settings)
+
+
+def _check_once_applied(registry, module, ours: dict[str, type], settings) -> None:
+    """Of several plugins that replace a class sglang takes the last. Where that is another, one of ours alone would not do:
+    both go, and it is said."""
+    upstreams, apply_hooks = {name: getattr(module, name) for name in ours}, registry.apply_hooks
+
+    def apply_and_check():
+        apply_hooks()
+        taken = {name: found for name, cls in ours.items() if not issubclass(found := getattr(module, name), cls)}
+        if not taken:
+            return
+        for name in ours.keys() - taken.keys():
+            setattr(module, name, upstreams[name])
+        others = ", ".join(f"{name} with {found.__module__}.{found.__qualname__}" for name, found in taken.items())
+        finding = f"another plugin replaces {others}, and sglang takes the last; leave one of them out of SGLANG_PLUGINS"
+        if settings.required:
+            raise SystemExit(f"sglang-nsa-fused: not active: {finding}")
+        logger.warning("sglang-nsa-fused: not active: %s", finding)
+
+    registry.apply_hooks = staticmethod(apply_and_check)
 
 
 def _hook_registry():

@@ -113,6 +113,37 @@ def test_an_allowlist_without_it_keeps_it_out(start):
     assert "backends imported: False" in result.stdout, result.stderr
 
 
+OTHER = """
+import sys
+import sglang.srt.plugins as plugins
+found = plugins.load_plugins_by_group
+
+def other():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    for name in {names}:
+        upstream = getattr(sys.modules[release.module], name)
+        cls = type("Other", (upstream,), {{"__module__": "them"}})
+        HookRegistry.register(f"{{release.module}}.{{name}}", cls, HookType.REPLACE)
+
+plugins.load_plugins_by_group = lambda *args, **kwargs: {{**found(*args, **kwargs), "other": (other, None)}}
+"""
+
+
+@pytest.mark.parametrize("names", [[RELEASE.backend], [RELEASE.multi_step], [RELEASE.backend, RELEASE.multi_step]])
+def test_another_plugin_that_replaces_a_class_after_ours(start, names):
+    """sglang takes the last: ours goes whole, and says so."""
+    if LOADER == "patch":
+        pytest.skip("this release has no hook registry")
+    load, before = loading(start, LOADER), f"{IMPORT}\n{OTHER.format(names=names)}"
+    result = load(CLASSES, before=before, **{GATE: "1"})
+    kept = ["Other" if name in names else name for name in (RELEASE.backend, RELEASE.multi_step)]
+    assert f"\n{' '.join(kept)}\n" in result.stdout, result.stdout + result.stderr
+    others = ", ".join(f"{name} with them.Other" for name in (RELEASE.backend, RELEASE.multi_step) if name in names)
+    assert f"WARNING sglang-nsa-fused: not active: another plugin replaces {others}, and sglang takes the last" in result.stdout
+    result = load(before=before, **{GATE: "1", REQUIRED: "1"})
+    assert result.returncode == 1 and "sglang-nsa-fused: not active: another plugin replaces" in result.stderr
+
+
 def test_a_changed_sglang_is_left_alone(load):
     rename = IMPORT + "\nimport sys; del getattr(sys.modules[release.module], release.backend)._compute_flashmla_metadata"
     result = load(CLASSES, before=rename, **{GATE: "1"})

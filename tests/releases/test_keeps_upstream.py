@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from upstream import CAPTURE_BS, after, assert_equal_fields, batches
+from upstream import CAPTURE_BS, SETTINGS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import buffers, hooks, planners, releases
+from sglang_nsa_fused import buffers, hooks, kernels, planners, releases
 from sglang_nsa_fused.tools import bare
 
 
@@ -156,6 +156,36 @@ def test_a_multi_step_backend_without_steps_is_upstreams(upstream, monkeypatch):
     on.attn_backends, on.speculative_num_steps = [], 1
     on.init_cuda_graph_state(4, 4)
     assert on._replays == {} and not on._share
+
+
+REQUIRED = dataclasses.replace(SETTINGS, required=True)
+PLACES = {  # of the table in docs/hooks.md, "When it stays off" -> what is said
+    "library": "no native library for",
+    "planner": "batch size 8 keeps upstream's replay: deep_gemm: no",
+    "draft extend with FlashMLA": "a draft extend graph whose plan needs the number of rows keeps upstream's replay",
+    "pooled keys": "an index with pooled keys keeps upstream's replays",
+    "pooled keys, no graph": "an index with pooled keys keeps upstream's draft extend",
+    "sharded cache": "a sharded cache keeps upstream's draft extend",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_required_ends_the_process_where_upstreams_refresh_would_stay(upstream, deep_gemm, monkeypatch, place):
+    release = upstream.release
+    attribute = {"pooled keys": release.kpool, "pooled keys, no graph": release.kpool, "sharded cache": release.kv_shard_pool}
+    extends = place == "draft extend with FlashMLA"
+    if attribute.get(place, "") is None or (extends and "DRAFT_EXTEND" not in release.draft_extend):
+        pytest.skip("this release has no such place")
+    hooks._refuse.cache_clear()
+    if place == "library":
+        monkeypatch.setattr(hooks, "select", lambda device_type: kernels.Engine("none", reason="gone"))
+    elif place == "planner":
+        monkeypatch.setattr(planners.Planners, "schedule_form", lambda *_: (_ for _ in ()).throw(RuntimeError("deep_gemm: no")))
+    with pytest.raises(SystemExit, match=PLACES[place]):
+        on = upstream.graphs("DRAFT_EXTEND" if extends else "TARGET_VERIFY", 4, flashmla=extends, settings=REQUIRED)[1]
+        setattr(on, attribute[place], 2)
+        decisions = type(on)._hooks
+        decisions.draft_extend(on) if place != "pooled keys" else decisions.capture(1, [on], 8)
 
 
 def test_a_newer_sglang_is_refused_what_is_not_known(upstream):
