@@ -23,7 +23,7 @@ def vocabulary(tp_size: int = 1, rank: int = 0) -> torch.nn.Module:
 def model(**sizes) -> torch.nn.Module:
     found = torch.nn.Module()
     found.embed_tokens, found.lm_head, found.o_proj = vocabulary(**sizes), vocabulary(**sizes), torch.nn.Linear(HIDDEN, HIDDEN)
-    found.o_proj.tp_size = sizes.get("tp_size", 1)
+    found.o_proj.input_size, found.o_proj.input_size_per_partition = HIDDEN, HIDDEN // sizes.get("tp_size", 1)
     found.eh_proj = torch.nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
     found.gate = torch.nn.Module()
     found.gate.e_score_correction_bias = torch.nn.Parameter(torch.empty(16))
