@@ -17,7 +17,7 @@ from sglang_nsa_fused.settings import Settings
 
 logger = logging.getLogger("sglang_nsa_fused")
 
-RUNNERS = {reference.TARGET_VERIFY: "target verify", reference.DRAFT_EXTEND: "draft extend"}
+RUNNERS = {reference.DECODE: "decode", reference.TARGET_VERIFY: "target verify", reference.DRAFT_EXTEND: "draft extend"}
 
 
 def captured(replays: dict, bs: int) -> Optional[Replay]:
@@ -30,18 +30,20 @@ class Step:
     """Stands before upstream's step backend among the bases."""
 
     _hooks: Hooks
+    _replays: dict[int, Optional[Replay]] = {}  # of a server without graphs
+    _said = True  # where the launches are
     _draft_extend: Optional[Callable] = None  # made at the first one
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
         with self._hooks.without_wide_table(self):
             super().init_cuda_graph_state(max_bs, max_num_tokens)
-        self._replays, self._copies = {}, {}
+        self._replays, self._copies, self._said = {}, {}, False
         self._spared = self._hooks.spared(self, max_num_tokens)
 
     def _captured(self, bs: int, forward_mode) -> None:
         mode = mode_of(forward_mode)
         self._replays[bs] = self._hooks.capture(mode, [self], bs)
-        if mode in RUNNERS:  # draft steps are said by the multi-step backend
+        if mode in (reference.TARGET_VERIFY, reference.DRAFT_EXTEND):  # draft steps are said by the multi-step backend
             self._hooks.not_allocated.say(RUNNERS[mode], self, self._spared)
 
     def init_forward_metadata_replay_cuda_graph_from_precomputed(self, bs, precomputed, forward_mode):
@@ -89,6 +91,18 @@ class TwoMethodsStep(Step):
 
 
 class OutGraphStep(Step):
+    def init_forward_metadata_in_graph(self, forward_batch):
+        super().init_forward_metadata_in_graph(forward_batch)
+        # Of decode the scheduler waits for what comes before the graph alone; draft steps are the multi-step backend's.
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            self._hooks.launch_in_graph(self._replays.get(forward_batch.batch_size), forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if not in_capture and not self._said:
+            self._said = True
+            self._hooks.say_where(RUNNERS[mode_of(forward_batch.forward_mode)], self._replays)
+
     def _build_forward_metadata_cuda_graph(
         self, bs, num_tokens, req_pool_indices, seq_lens, seq_lens_cpu, forward_mode, *args, **kwargs
     ):
@@ -113,7 +127,7 @@ class MultiStep:
     _hooks: Hooks
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
-        self._replays, backends = {}, self.attn_backends
+        self._replays, self._said, backends = {}, False, self.attn_backends
         self._share = self._may_share(backends)
         if not self._share:
             super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -192,12 +206,19 @@ class TwoMethodsMultiStep(MultiStep):
 
 
 class OutGraphMultiStep(MultiStep):
+    def init_forward_metadata_in_graph(self, forward_batch):
+        super().init_forward_metadata_in_graph(forward_batch)
+        self._hooks.launch_in_graph(self._replays.get(forward_batch.batch_size), forward_batch)
+
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
         upstream, bs = super().init_forward_metadata_out_graph, forward_batch.batch_size
         if in_capture:
             self._capture(lambda: upstream(forward_batch, in_capture=True), bs)
         else:
             self._replay(lambda: upstream(forward_batch), forward_batch, bs)
+            if not self._said:
+                self._said = True
+                self._hooks.say_where("draft steps", self._replays)
 
 
 def subclasses(release: Release, module: ModuleType, version: str, settings: Settings) -> tuple[type, type]:

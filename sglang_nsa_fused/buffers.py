@@ -13,7 +13,7 @@ import torch
 
 logger = logging.getLogger("sglang_nsa_fused")
 
-OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays", "_copies"}  # set anew for each batch, and ours
+OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays", "_copies", "_said"}  # set anew for each batch, and ours
 
 
 def steps_are_alike(backends: list) -> bool:

@@ -120,6 +120,27 @@ class Hooks:
             self.refuse(f"batch size {bs} keeps upstream's copies: {_text(error)}")
             return None
 
+    def launch_in_graph(self, replay: Optional[Replay], forward_batch) -> None:
+        """Called as the first work of a region that is captured, or warmed up. Where a graph may not hold the launch it stays
+        before the graph."""
+        if replay is None or mode_of(forward_batch.forward_mode) != replay.mode:
+            return
+        # Half a batch, of two that overlap: each replay slices the whole one anew.
+        half = getattr(forward_batch, "tbo_parent_token_range", None) is not None
+        fenced = replay.mode != reference.DRAFT_EXTEND or self.release.draft_extend_reads
+        if self._settings.before_graph or self._settings.verify or half or not fenced or not replay.may_be_in_graph:
+            return
+        try:
+            replay.launch_in_graph(forward_batch)
+        except Exception as error:
+            logger.warning("sglang-nsa-fused: a launch stays before its graph: %s", _text(error))
+
+    def say_where(self, runner: str, replays: dict[int, Optional[Replay]]) -> None:
+        inside = sum(replay is not None and replay.in_graph for replay in replays.values())
+        before = len(replays) - inside - list(replays.values()).count(None)
+        counts = f"in the graphs of {inside} batch sizes, before those of {before}"
+        logger.info("sglang-nsa-fused: %s: the launch is %s; %d keep sglang's", runner, counts, len(replays) - inside - before)
+
     def draft_extend(self, backend) -> Optional[DraftExtend]:
         """What makes the metadata of a draft extend without a graph; None: upstream does."""
         engine, planners = self.decisions(backend)

@@ -48,6 +48,9 @@ class Release:
     # How a graph runner captures and replays: one method of each class with `in_capture`, or two methods.
     out_graph: bool
     draft_extend: tuple[str, ...]  # forward modes of a draft extend graph; none where upstream captures none
+    # Whether the scheduler's next write to req_to_token waits for a draft extend graph, so that it may read it, and not just
+    # for what comes before the graph.
+    draft_extend_reads: bool
     v2_schedule: bool  # whether a draft extend of DRAFT_EXTEND_V2 has a schedule too
     spec_info: bool  # whether _precompute_replay_metadata takes it
     floor: int  # the least length of a row of a draft extend: padded rows have fewer tokens than they extend by
@@ -73,7 +76,10 @@ _PRECOMPUTED = {"init_forward_metadata_replay_cuda_graph_from_precomputed": ("se
 _PRECOMPUTE = ("self", "bs", "req_pool_indices", "seq_lens", "seq_lens_cpu", "forward_mode")
 _CAPTURE = ("self", "bs", "num_tokens", "req_pool_indices", "seq_lens", "encoder_lens", "forward_mode", "spec_info")
 _REPLAY = _names("self bs req_pool_indices seq_lens seq_lens_sum encoder_lens forward_mode spec_info seq_lens_cpu out_cache_loc")
-_OUT_GRAPH = ("self", "forward_batch", "in_capture")
+_OUT_GRAPH = {
+    "init_forward_metadata_out_graph": ("self", "forward_batch", "in_capture"),
+    "init_forward_metadata_in_graph": ("self", "forward_batch"),
+}
 _APPLY = _names("self bs req_pool_indices seq_lens seq_lens_cpu forward_mode spec_info out_cache_loc actual_forward_mode")
 _BUILD = ("self", "bs", "num_tokens", *_APPLY[2:])
 
@@ -110,7 +116,7 @@ def _dsa_signatures(precompute: tuple, arange: str, more: dict) -> dict:
         {
             **_STATE,
             **_PRECOMPUTED,
-            "init_forward_metadata_out_graph": _OUT_GRAPH,
+            **_OUT_GRAPH,
             "_build_forward_metadata_cuda_graph": _BUILD,
             "_apply_cuda_graph_metadata": _APPLY,
             "_precompute_replay_metadata": precompute,
@@ -121,7 +127,7 @@ def _dsa_signatures(precompute: tuple, arange: str, more: dict) -> dict:
             "_compute_flashmla_metadata": ("self", "cache_seqlens", "seq_len_q"),
             **more,
         },
-        {**_STATE, "init_forward_metadata_out_graph": _OUT_GRAPH},
+        {**_STATE, **_OUT_GRAPH},
         {"_to_2d_context_lens": ("seqlens_32", "batch_size")},
     )
 
@@ -161,6 +167,7 @@ NSA_0_5_7 = Release(
     prefill_impl_state=("use_mha", "nsa_prefill_impl"),
     out_graph=False,
     draft_extend=("DRAFT_EXTEND", "DRAFT_EXTEND_V2"),
+    draft_extend_reads=False,
     v2_schedule=False,
     spec_info=True,
     floor=-(1 << 31),
@@ -236,6 +243,7 @@ DSA_0_5_20 = replace(
 DSA_0_5_22 = replace(
     DSA_0_5_20,
     versions=("0.5.22",),
+    draft_extend_reads=True,
     page_size="physical_page_size",
     schedule_function="resolve_paged_mqa_logits_metadata_fn",
     num_sms="resolve_num_sms",

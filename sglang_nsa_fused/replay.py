@@ -17,6 +17,10 @@ class Kept(Exception):
     """Why upstream's refresh stays."""
 
 
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.lru_cache(None)
 def mode_of(forward_mode) -> Optional[int]:
     """The reference's number for upstream's ForwardMode; None for one that no graph is captured in."""
@@ -64,6 +68,7 @@ class Replay:
         self._after: list[Callable[[int], None]] = []  # what the kernel may not write, with the batch size
         self.plan = self._generation([destination_of(release, self._backend, m) for m in self._metadatas], bs, engine)
         self._generate = self.plan.generate
+        self.in_graph = False  # the launch is a node of the graph: a replay has none of its own
 
     def _generation(self, found: list[Destination], bs: int, engine: Engine) -> ReplayPlan:
         release, backend, planners = self._release, self._backend, self._planners
@@ -131,11 +136,26 @@ class Replay:
         for metadata in self._metadatas:
             getattr(self._backend, self._release.refresh_topk_v2_plan)(metadata)
 
+    @property
+    def may_be_in_graph(self) -> bool:
+        """Whether the launch is all that a replay of this batch size does on the device."""
+        return not self._after
+
+    def launch_in_graph(self, forward_batch) -> None:
+        """The first work of a captured region. Its batch lies in the graph runner's buffers, which each replay fills before.
+
+        The region also runs without a capture, to warm up.
+        """
+        self._generate(forward_batch.seq_lens, forward_batch.req_pool_indices, None, forward_batch.batch_size)
+        self.in_graph |= is_capturing()
+
     def generate(self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, extend_lens, bs: int) -> None:
-        """Writes what every backend's graph reads of this batch."""
-        self._generate(seq_lens, req_pool_indices, extend_lens, bs)
-        for refresh in self._after:
-            refresh(bs)
+        """Writes what every backend's graph reads of this batch, unless a node of the graph does, and sets what upstream
+        sets on the backends."""
+        if not self.in_graph:
+            self._generate(seq_lens, req_pool_indices, extend_lens, bs)
+            for refresh in self._after:
+                refresh(bs)
         for attributes, state in self._states:
             attributes.update(state)
 
