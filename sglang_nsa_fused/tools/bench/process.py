@@ -111,7 +111,7 @@ class Server:
             said = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else ""
             if wait(lambda: self.process.poll() is not None, 0 if said else 10):
                 raise self.ended() from error
-            raise Failed(f"{self.name}: a request failed: {error or type(error).__name__} {said}{self.tail()}") from error
+            raise Failed(f"{self.name}: a request failed: {str(error) or type(error).__name__} {said}{self.tail()}") from error
 
     def generate(self, prompts: Sequence, output_tokens: int, seconds: float = REQUEST_SECONDS, **more):
         """Greedily, for exactly so many tokens. prompts: one, or several that reach the scheduler in one message. The reply,
