@@ -9,13 +9,12 @@ index_topk tokens: there every bit must be the same.
 import contextlib
 import math
 import random
-import re
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sglang_nsa_fused.plugin import find_release
 from sglang_nsa_fused.tools.bench import process, servers
@@ -33,8 +32,6 @@ CHUNK = 1024  # tokens of a prefill
 CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
 ONE_CALL = (1, 7, 63, 64, 66, 500, 999, 1000)  # lengths; 65 would read one page or another, see prefill_alone
-DRIFT_MIB = 64  # over the second half of the load
-HOST_MEMORY, GPU_MEMORY = "host memory", "GPU memory"
 
 ITSELF = "upstream's output ids differ in other batches"
 
@@ -89,28 +86,10 @@ class Server(process.Server):
         """Size of each decode batch since then, and whether it had a graph."""
         return [(int(size), graph == "True") for size, graph in process.DECODE.findall(self.log_from(mark))]
 
-    def host_mib(self) -> float:
-        """Anonymous memory of the scheduler processes."""
-        pids = process.session_members([self])
-        titles = {}
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                titles[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        found = [pid for pid, title in titles.items() if b"sglang::scheduler" in title] or pids
-        kib = 0
-        for pid in found:
-            with contextlib.suppress(OSError):
-                kib += int(re.search(r"RssAnon:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-        return kib / 1024
 
-
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     off: Server
     on: Server
-
-    def __iter__(self):
-        return iter((self.off, self.on))
 
 
 @dataclass(frozen=True)
@@ -128,9 +107,9 @@ def running(configuration: Configuration, options: Options):
     interrupt_on_signals()
     servers.write_probe(options.log_dir / "probe")
     pair = Pair(*(Server(side, configuration, options) for side in SIDES))
-    with process.running(list(pair)):
+    with process.running(pair):
         try:
-            process.wait_ready(list(pair), time.monotonic() + options.ready_seconds)
+            process.wait_ready(pair, time.monotonic() + options.ready_seconds)
         except Failed as error:
             # Where both ended, whichever was seen first, it is not for the plugin.
             if process.wait(lambda: pair.off.process.poll() is not None, 20):
@@ -318,32 +297,3 @@ def wait_idle(server: Server, seconds: float) -> bool:
         if server.batches(mark):
             quiet_since, mark = time.monotonic(), server.mark
     return True
-
-
-def drift(samples: list[tuple[float, float]]) -> float:
-    """By how much the second half of (seconds, MiB) rises, along its least-squares line."""
-    half = samples[len(samples) // 2 :]
-    slope = statistics.linear_regression(*zip(*half)).slope
-    return slope * (half[-1][0] - half[0][0])
-
-
-def memory(pair: Pair) -> dict[tuple[str, str], float]:
-    """(side, what) -> MiB; the whole GPU's of both sides where the driver does not tell it by process."""
-    by_process = process.gpu_memory_by_process()
-    members = {server.side: process.session_members([server]) for server in pair}
-    on_gpu = {(side, GPU_MEMORY): sum(by_process.get(pid, 0) for pid in pids) for side, pids in members.items()}
-    if not all(on_gpu.values()):
-        on_gpu = {("both", GPU_MEMORY): process.gpu_memory_mib(pair.off.gpu)}
-    return {(server.side, HOST_MEMORY): server.host_mib() for server in pair} | on_gpu
-
-
-def check_drift(samples: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
-    """Of `memory`, over time."""
-    rises = {key: drift(found) for key, found in samples.items()}
-    for (side, what), found in samples.items():
-        low, high = (pick(mib for _, mib in found) for pick in (min, max))
-        console.print(f"  {what}, {side}: {low:.0f} to {high:.0f} MiB, {rises[side, what]:+.1f} over the second half")
-    on_gpu = sum(rise for (_, what), rise in rises.items() if what == GPU_MEMORY)
-    assert on_gpu < DRIFT_MIB, f"GPU memory drifts: {on_gpu:+.1f} MiB over the second half of the load"
-    ours = rises[ON, HOST_MEMORY] - max(0, rises[OFF, HOST_MEMORY])
-    assert ours < DRIFT_MIB, f"host memory drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"

@@ -5,6 +5,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import memory
 import serving
 from serving import CAPTURED, CHUNK, RUNNING, Request, answers, check_same, console, prompt
 
@@ -116,7 +117,7 @@ def test_load(pair, minutes):
     samples = collections.defaultdict(list)
     count = load(pair, 60 * minutes, samples)
     console.print(f"  {count} requests in {minutes} minutes")
-    serving.check_drift(samples)
+    memory.check_drift(samples)
     serving.check_call(pair)
     assert len(pair.on.plugin_lines()) == 1
 
@@ -143,13 +144,13 @@ def load(pair, seconds: float, samples: dict) -> int:
             while (now := time.monotonic()) - start < seconds or taken < SAMPLES:
                 if failed := [one for one in counts if one.done()]:
                     failed[0].result()
-                memory = serving.memory(pair)
-                for key, mib in memory.items():
+                mib_of = memory.memory(pair)
+                for key, mib in mib_of.items():
                     samples[key].append((now - start, mib))
                 taken += 1
                 if now - said > 30:
                     said = now
-                    console.print(f"  {now - start:.0f} s, {[round(mib) for mib in memory.values()]} MiB")
+                    console.print(f"  {now - start:.0f} s, {[round(mib) for mib in mib_of.values()]} MiB")
                 time.sleep(min(5, seconds / SAMPLES))
         finally:
             watching = False
