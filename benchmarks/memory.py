@@ -20,15 +20,15 @@ import time
 from pathlib import Path
 
 from benchmarks.record import commit, default_path
-from sglang_nsa_fused import releases
-from sglang_nsa_fused.tools.bench import drive, record, rounds, servers
+from sglang_nsa_fused.tools.bench import process, record, servers
+from sglang_nsa_fused.tools.bench.process import COMMAND, Failed, gpu_memory_mib
 from sglang_nsa_fused.tools.bench.record import OURS, SIDES
-from sglang_nsa_fused.tools.bench.servers import CACHES, Failed, console, gpu_memory_mib
+from sglang_nsa_fused.tools.bench.report import console
+from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 TOO_LOW = "Please try to increase --mem-fraction-static"
 PORTS_APART = 100  # of two servers that are up at once
-REQUEST_SECONDS = 300
 
 
 class Search:
@@ -57,35 +57,27 @@ class Search:
             self.high = min(self.high, one["hundredths"] - 1)
 
 
-class Server(servers.Server):
+class Server(process.Server):
     def __init__(self, side: str, hundredths: int, gpu: str, port: int, args):
-        self.side, self.hundredths, self.gpu = side, hundredths, gpu
-        env = servers.environment(side == OURS, args.site)
-        env |= {"CUDA_VISIBLE_DEVICES": gpu, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        self.side, self.hundredths = side, hundredths
+        env = servers.environment(side == OURS, loader=args.loader) | {"CUDA_VISIBLE_DEVICES": gpu}
         flags = servers.flags(args.release, args.draft_steps, args.cache, args.batch)
-        flags += ["--model-path", args.model_path, "--context-length", args.context_length]
-        flags += [
-            "--mem-fraction-static",
-            hundredths / 100,
-            "--max-running-requests",
-            args.batch,
-            *shlex.split(args.server_flags),
-        ]
+        flags += servers.size_flags(args.model_path, args.context_length, args.batch, hundredths / 100)
+        flags += shlex.split(args.server_flags)
         super().__init__(f"{side}-{hundredths}", port, flags, env, args.log_dir, args.server_command)
 
     @property
     def pool_tokens(self) -> int | None:
-        found = POOL.search(self.log.read_text(errors="replace"))
+        found = POOL.search(self.log_from(0))
         return int(found[1]) if found else None
 
     def serve(self, args, deadline: float) -> None:
         """Waits until it is up, and sends it one full batch. Raises Failed."""
-        servers.wait_ready([self], deadline)
-        if bool(lines := self.plugin_lines()) != (self.side == OURS):
-            raise Failed(f"{self.name}: expected the plugin's line with the plugin alone, got {lines}{self.tail()}")
+        process.wait_ready([self], deadline)
+        self.check_plugin(self.side == OURS)
         draw = random.Random(0)
         prompts = [draw.choices(range(10, args.vocabulary), k=args.input_tokens) for _ in range(args.batch)]
-        rounds.answered(self, drive.run(self.url, prompts, args.output_tokens, REQUEST_SECONDS))
+        self.generate(prompts, args.output_tokens)
 
 
 def outcome(server: Server, args, deadline: float) -> dict:
@@ -95,8 +87,8 @@ def outcome(server: Server, args, deadline: float) -> dict:
     try:
         server.serve(args, deadline)
     except Failed:
-        log = server.log.read_text(errors="replace")
-        if not servers.OUT_OF_MEMORY.search(log):
+        log = server.log_from(0)
+        if not process.OUT_OF_MEMORY.search(log):
             raise
         when = "its first full batch" if server.ready_seconds else "its start"
         too_low = TOO_LOW in log
@@ -141,23 +133,15 @@ def attempt(tries: list[tuple[str, int]], number: int, results: Results, args) -
         Server(side, hundredths, gpu, args.port + PORTS_APART * place + 4 * number, args)
         for place, ((side, hundredths), gpu) in enumerate(zip(tries, args.gpu_names))
     ]
-    servers.check_ports(up)
-    deadline, failures = time.monotonic() + args.ready_seconds, []
-    pool = concurrent.futures.ThreadPoolExecutor(len(up))
-    try:
-        for server in up:
-            server.start()
+    failures = []
+    # The servers end first: what still waits for one then ends, too.
+    with concurrent.futures.ThreadPoolExecutor(len(up)) as pool, process.running(up):
+        deadline = time.monotonic() + args.ready_seconds
         for done in concurrent.futures.as_completed([pool.submit(outcome, server, args, deadline) for server in up]):
             try:
                 results.add(done.result())
             except Failed as error:
                 failures.append(error)
-    finally:
-        servers.stop(up, float("inf"))
-        pool.shutdown()
-    for server in up:
-        if not servers.wait(lambda gpu=server.gpu: gpu_memory_mib(gpu) < args.memory_before[gpu] + 1024, 60):
-            raise Failed(f"GPU {server.gpu}: its memory is still in use after the server was stopped")
     if failures:
         raise failures[0]
 
@@ -192,15 +176,14 @@ def parse(argv) -> argparse.Namespace:
     add("--draft-steps", type=int, default=5, metavar="N", help="--speculative-num-steps of the servers")
     add("--batch", type=int, default=64, help="the largest captured batch size, and requests at a time")
     add("--context-length", type=int, default=1_048_576)
-    add("--cache", choices=CACHES, default="bf16")
+    add("--cache", choices=servers.CACHES, default="bf16")
     add("--input-tokens", type=int, default=300, help="of a request")
     add("--output-tokens", type=int, default=64)
     add("--ready-seconds", type=float, default=420, help="until servers started together must be ready")
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
-    add("--site", default="", help="PYTHONPATH entries with sglang and the plugin; empty: the current environment")
     add("--port", type=int, default=30000)
     add("--server-flags", default="", help="more flags for all servers, in one string")
-    add("--server-command", default=servers.COMMAND, help=argparse.SUPPRESS)
+    add("--server-command", default=COMMAND, help=argparse.SUPPRESS)
     add("--out", type=Path, help="result file; by default in results/")
     add("--log-dir", type=Path, help="for the servers' logs")
     add("--commit", help="project commit measured; from git unless given")
@@ -225,19 +208,14 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     deadline = time.monotonic() + 60 * args.max_minutes
-    servers.interrupt_on_signals()
+    interrupt_on_signals()
     try:
-        machine = servers.machine(args.site)
+        machine, args.release, args.loader = servers.machine()
     except Failed as error:
-        raise SystemExit(f"{error}; give their folders as --site") from None
-    args.release = releases.find(machine["sglang"])
-    if machine["gpu"] is None or args.release is None:
-        raise SystemExit(servers.NO_GPU if machine["gpu"] is None else f"sglang {machine['sglang']} is not supported")
-    args.memory_before = {gpu: gpu_memory_mib(gpu) for gpu in args.gpu_names}
+        raise SystemExit(str(error)) from None
     names = ("draft_steps", "batch", "context_length", "cache", "input_tokens", "output_tokens", "low", "high", "server_flags")
     settings = {"model": Path(args.model_path).name} | {name: getattr(args, name) for name in names}
-    shown = {name: machine[name] for name in ("gpu", "sglang", "torch")}
-    head = record.head("memory", args.commit or commit(), shown, settings=settings)
+    head = record.head("memory", args.commit or commit(), machine, settings=settings)
     searches = [Search(side, round(100 * args.low), round(100 * args.high)) for side in SIDES]
     results = Results(args.out or default_path("memory", head["gpu"], head["sglang"]), head, searches, args)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")

@@ -1,5 +1,9 @@
-"""Stands in for sglang.launch_server in the tests of the benchmarks: streams tokens, prints the plugin's line, writes what
-the probe writes. The variables FAKE_* make it misbehave."""
+"""Stands in for sglang.launch_server, without a model: answers, prints the lines of the log that are read, and writes what the
+probe writes. FAKE_<fault>, off or on, makes that side misbehave; FAKE_APART=n has the side with the plugin take each n-th call
+of several requests in other batches, which round otherwise.
+
+Tokens are a hash of what came before, so they do not depend on what else runs.
+"""
 
 import argparse
 import json
@@ -7,21 +11,33 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
 parser.add_argument("--mem-fraction-static", type=float, default=0)
-arguments = parser.parse_known_args()[0]
-port, hundredths = arguments.port, round(100 * arguments.mem_fraction_static)
+parser.add_argument("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode", dest="graph_bs", type=int, default=1000)
+parser.add_argument("--chunked-prefill-size", type=int, default=8192)
+parser.add_argument("--tp-size", type=int, default=1)
+parser.add_argument("--enable-dp-attention", action="store_true")
+args, _ = parser.parse_known_args()
+hundredths = round(100 * args.mem_fraction_static)
 ON = os.environ.get("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA") == "1"
 SIDE = "on" if ON else "off"
 SAMPLES = os.environ.get("SERVER_PROBE_FILE")
+# On a busy machine what a client takes to send a request is long, and several must meet.
+STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", 0.001 if ON else 0.003))
 STEP_TOKENS = 2
 # How much more of the GPU's memory the KV cache takes than there is: by 1 it starts and does not serve.
 over = hundredths - int(os.environ.get(f"FAKE_FITS_{SIDE}", 100))
-answered = 0
+lock = threading.RLock()
+running: dict[str, threading.Event] = {}  # a request's id -> set to abort it
+prefixes: set[int] = set()
+kept = []  # the leak
+answered, calls = 0, 0
 
 
 def fake(name: str) -> bool:
@@ -29,22 +45,19 @@ def fake(name: str) -> bool:
     return os.environ.get(f"FAKE_{name}") == SIDE
 
 
-def refreshes_fused() -> bool:
-    return ON and not os.path.exists(f"{SAMPLES}.upstream")
-
-
-def take_a_step() -> None:
-    time.sleep(0.001 if refreshes_fused() else 0.003)
-
-
-def say(*words) -> None:
-    print(*words, flush=True)
+def say(text: str, rank: int = 0) -> None:
+    print(f"[2026-01-01 00:00:00{f' TP{rank}' * (args.tp_size > 1)}] {text}", flush=True)
 
 
 def call(what: str) -> None:
     """Into the file that both sides share."""
-    with open(os.environ["FAKE_CALLS"], "a") as file:
+    with open(os.environ.get("FAKE_CALLS", os.devnull), "a") as file:
         file.write(what + "\n")
+
+
+def starts_so_far() -> int:
+    with open(os.environ.get("FAKE_CALLS", os.devnull)) as file:
+        return file.read().count("start-")
 
 
 def sample(**what) -> None:
@@ -53,33 +66,77 @@ def sample(**what) -> None:
             file.write(json.dumps({"at": time.perf_counter_ns(), **what}) + "\n")
 
 
-def refreshes(step: int) -> None:
+def is_apart(prompts: list) -> bool:
+    global calls
+    calls += len(prompts) > 1
+    each = int(os.environ.get("FAKE_APART", 0)) if ON else 0
+    return len(prompts) > 1 and each > 0 and calls % each == 0
+
+
+def prefill(prompts: list, apart: bool) -> list[int]:
+    """The cached tokens of each."""
+    found = []
+    for prompt in prompts:
+        pages = [hash(tuple(prompt[:end])) for end in range(64, len(prompt), 64)]
+        found.append(64 * next((number for number, page in enumerate(pages) if page not in prefixes), len(pages)))
+        prefixes.update(pages)
+        for start in range(found[-1], len(prompt), args.chunked_prefill_size):
+            new = min(args.chunked_prefill_size, len(prompt) - start)
+            say(f"Prefill batch, #new-seq: {1 + apart}, #new-token: {new}, #cached-token: {found[-1]}")
+    return found
+
+
+def following(ids: list) -> int:
+    wrong = (fake("TOKEN") and len(ids) % 67 == 5) or (fake("BUSY") and len(running) > args.graph_bs)
+    return (zlib.crc32(repr(ids[-8:]).encode()) + wrong + (fake("UNSTEADY") and answered)) % 1000
+
+
+def step(number: int, texts: list) -> None:
+    """One verify step of these requests, and the refreshes before it."""
+    time.sleep(STEP_SECONDS)
+    say(f"Decode batch, #running-req: {len(running)}, cuda graph: {len(running) <= args.graph_bs}, #queue-req: 0")
     for kind in ("draft", "verify", "extend"):
-        sample(kind=kind, bs=8, ns=20_000 if refreshes_fused() else 400_000 + 1000 * step)
+        sample(kind=kind, bs=8, ns=20_000 if ON else 400_000 + 1000 * number)
+    if SAMPLES and os.path.exists(f"{SAMPLES}.observe"):
+        sample(kind="draft graph", bs=8, ns=4_000_000 - 1_000_000 * ON)
+        sample(drafts=[[number, following(text) + fake("DRAFT")] for text in texts])
+    if fake("LEAK"):
+        kept.append(b"x" * 500_000)
 
 
-def whole(prompts: list, total: int) -> list[dict]:
-    """The answer to all requests of one call."""
-    steps = -(-(total - 1) // STEP_TOKENS)
-    for part in [prompts[:1], prompts[1:]] if fake("APART") and len(prompts) > 1 else [prompts]:
-        say(f"Prefill batch, #new-seq: {len(part)}, #new-token: {sum(map(len, part))}, #cached-token: 0, token usage: 0.00")
-    for step in range(1, steps + 1):
-        take_a_step()
-        refreshes(step)
-        if os.path.exists(f"{SAMPLES}.observe"):
-            sample(kind="draft graph", bs=8, ns=4_000_000 - 1_000_000 * ON)
-            sample(drafts=[[step, sum(prompt) + (ON and fake("DRAFTS"))] for prompt in prompts])
-    return [{"output_ids": output_ids(prompt, total), "meta_info": {"spec_verify_ct": steps}} for prompt in prompts]
+def answer(body: dict, beat=lambda: None) -> list[dict]:
+    """beat: called in each step; raises where nobody listens any more."""
+    prompts, total = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+    prompts = prompts if isinstance(prompts[0], list) else [prompts]
+    aborted, names = threading.Event(), [f"{body.get('rid', time.perf_counter_ns())}-{at}" for at in range(len(prompts))]
+    with lock:
+        apart = is_apart(prompts)
+        cached = prefill(prompts, apart)
+        running.update(dict.fromkeys(names, aborted))
+    texts, steps = [list(prompt) for prompt in prompts], 0
+    try:
+        while len(texts[0]) - len(prompts[0]) < total and not aborted.is_set():
+            beat()
+            steps += 1
+            step(steps, texts)
+            for text, prompt in zip(texts, prompts):
+                for _ in range(min(STEP_TOKENS, total - len(text) + len(prompt))):
+                    text.append(following(text))
+    finally:
+        for name in names:
+            del running[name]
+    return [reply(body, text[len(prompt) :], of, steps, apart, aborted) for text, prompt, of in zip(texts, prompts, cached)]
 
 
-def output_ids(prompt: list, total: int, alone: bool = True) -> list[int]:
-    """alone: no other request may be in the batch, or those of the same call."""
-    ids = [(sum(prompt) + at) % 1000 for at in range(total)]
-    if fake("TOKENS") and answered > 2:
-        ids[3] += 1
-    if fake("UNSTEADY") or (os.environ.get("FAKE_ROUNDS") and not alone):
-        ids[5] += answered
-    return ids
+def reply(body: dict, output: list, cached: int, steps: int, apart: bool, aborted: threading.Event) -> dict:
+    meta = {"cached_tokens": cached, "spec_verify_ct": steps}
+    meta["finish_reason"] = {"type": "abort" if aborted.is_set() else "length"}
+    if body.get("return_logprob"):
+        meta["output_token_logprobs"] = [[-0.5 - 0.25 * apart - fake("LOGPROB"), one, None] for one in output]
+    if body.get("top_logprobs_num"):
+        margin = float(os.environ["FAKE_MARGIN"])
+        meta["output_top_logprobs"] = [[[-0.1, one, None], [-0.1 - margin, one + 1, None]] for one in output]
+    return {"output_ids": output, "meta_info": meta}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -87,8 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        info = {"version": "0.5.12.post1", "dp_size": int(os.environ.get("FAKE_DP_SIZE", 1))}
-        self.answer(json.dumps(info).encode() if self.path == "/server_info" else b"")
+        self.answer(b"")
 
     def answer(self, body: bytes, status: int = 200):
         self.send_response(status)
@@ -98,63 +154,77 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         global answered
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path == "/flush_cache":
-            return self.answer(b"", 400 if fake("KEEPS_CACHE") else 200)
+        if self.path.startswith("/flush_cache"):
+            prefixes.clear()
+            return self.answer(b"", 400 if running else 200)
+        body = json.loads(body)
+        if self.path == "/abort_request":
+            for name, aborted in list(running.items()):
+                if name.startswith(body["rid"]):
+                    aborted.set()
+            return self.answer(b"")
         answered += 1
         if over == 1:
-            say("torch.OutOfMemoryError: CUDA out of memory.")
-            os._exit(9)
+            end("torch.OutOfMemoryError: CUDA out of memory.")
         if fake("DIE_LATE") and answered > 6:
-            say("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
-            os._exit(9)
-        request = json.loads(body)
+            end("torch.OutOfMemoryError: CUDA out of memory." if os.environ.get("FAKE_OOM") else "RuntimeError: caught fire")
         call(SIDE)
-        if os.environ.get("FAKE_HANG") and answered > 6:
+        if starts_so_far() == int(os.environ.get("FAKE_HANG_AT", -1)):
             call("hang")
             time.sleep(600)
-        self.send_response(200)
-        self.end_headers()
-        total, prompts = request["sampling_params"]["max_new_tokens"], request["input_ids"]
-        if not request.get("stream"):
-            return self.wfile.write(json.dumps(whole(prompts, total)).encode())
-        ids, steps = output_ids(prompts, total, alone=False), 0
-        for end in [1, *range(1 + STEP_TOKENS, total, STEP_TOKENS), total]:
-            take_a_step()
-            steps += end > 1
-            refreshes(steps)
-            meta = {
-                "completion_tokens": end,
-                "spec_verify_ct": steps,
-                "finish_reason": {"type": "length"} if end == total else None,
-            }
-            self.wfile.write(b"data: " + json.dumps({"output_ids": ids[:end], "meta_info": meta}).encode() + b"\n\n")
-        sample(peak_bytes=(5 << 30) + (ON << 20))
-        self.wfile.write(b"data: [DONE]\n\n")
+        if not body.get("stream"):
+            found = answer(body)
+            return self.answer(json.dumps(found if isinstance(body["input_ids"][0], list) else found[0]).encode())
+        self.answer(b"")
+        try:
+            answer(body, self.beat)
+        except ConnectionError:
+            pass
+
+    def beat(self):
+        try:
+            self.wfile.write(b"data: {}\n\n")
+        except ConnectionError:
+            if not fake("NO_ABORT"):
+                raise
 
 
-call(f"start-{SIDE}")
-say("arguments", sys.argv[1:])
-say("environment", {name: os.environ.get(name) for name in os.environ if name.startswith("SGLANG_")})
-if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
-    subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
-if hundredths < int(os.environ.get("FAKE_LEAST", 0)):
-    say("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
-    sys.exit(1)
-if over > 1:
-    say("RuntimeError: Capture cuda graph failed: CUDA out of memory.")
-    sys.exit(1)
-say(f"max_total_num_tokens={1000 * hundredths}, chunked_prefill_size=8192")
-if fake("DIE_EARLY"):
-    say("ValueError: boom")
-    sys.exit(3)
-if os.environ.get("FAKE_LINE_TOO") or (ON and not os.environ.get("FAKE_NO_LINE")):
-    say("[2026-01-01] sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y")
-if fake("PLUGIN_FAILS"):
-    say("[2026-01-01] Failed to load plugin 'server_probe': no such module")
-if fake("FALLBACK"):
-    say("Warning: fused metadata copy kernel not available, falling back to loop.")
-for table_bytes in (1 << 20, (3 << 20) - (ON << 20)):
-    sample(table_bytes=table_bytes)
+def end(text: str):
+    print(text, flush=True)
+    os._exit(9)
+
+
+def starts() -> None:
+    call(f"start-{SIDE}")
+    say(f"arguments {sys.argv[1:]}")
+    say(f"environment { {name: of for name, of in os.environ.items() if name.startswith('SGLANG_')} }")
+    if fake("CHILD"):  # one that ignores Ctrl-C and outlives its parent
+        code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", code])
+    if args.enable_dp_attention and os.environ.get("FAKE_REFUSES_DP"):
+        raise SystemExit("ValueError: no data-parallel attention")
+    if hundredths < int(os.environ.get("FAKE_LEAST", 0)):
+        raise SystemExit("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
+    if over > 1:
+        raise SystemExit("RuntimeError: Capture cuda graph failed: CUDA out of memory.")
+    say(f"max_total_num_tokens={1000 * hundredths}, chunked_prefill_size=8192")
+    if fake("DIE_EARLY"):
+        raise SystemExit("ValueError: boom")
+    if not fake("OTHER_WEIGHTS"):
+        say("server-probe: decisive weights")
+    if os.environ.get("FAKE_LINE_TOO") or (ON and not fake("NO_LINE")):
+        for rank in range(1 if fake("ONE_RANK") else args.tp_size):
+            say("sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y", rank)
+    if fake("PLUGIN_FAILS"):
+        say("Failed to load plugin 'server_probe': no such module")
+    if fake("FALLBACK"):
+        say("Warning: fused metadata copy kernel not available, falling back to loop.")
+    for table_bytes in (1 << 20, (3 << 20) - (ON << 20)):
+        sample(table_bytes=table_bytes)
+
+
+starts()
 signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 ThreadingHTTPServer.request_queue_size = 128  # the default of 5 refuses some of many requests at once
-ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+ThreadingHTTPServer.daemon_threads = True
+ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_nsa_fused.tools.bench import servers
+from sglang_nsa_fused.tools.patch import LOADER
 
 FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_server.py").resolve())])
 
@@ -28,19 +28,22 @@ def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = 
         (folder / "sglang" / "srt").mkdir(parents=True)
         (folder / "sglang" / "__init__.py").touch()
         if loader:
-            (folder / "sglang" / servers.LOADER).parent.mkdir()
-            (folder / "sglang" / servers.LOADER).touch()
+            (folder / "sglang" / LOADER).parent.mkdir()
+            (folder / "sglang" / LOADER).touch()
         info = folder / f"sglang-{sglang}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {sglang}\n")
     return folder
 
 
+PORTS_APART = 1000  # of the two servers of tests/e2e
+
+
 def free_port() -> int:
     """Of a server, the other's being higher, below those that outgoing connections get."""
     while True:
         first = random.randrange(20_000, 31_000)
-        if all(is_free(port + more) for port in (first, first + servers.PORTS_APART) for more in (0, 1)):
+        if all(is_free(port + more) for port in (first, first + PORTS_APART) for more in (0, 1)):
             return first
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from serving import CONTEXT, Configuration, Options, running
 
-from sglang_nsa_fused.tools.bench import servers
+from sglang_nsa_fused.tools.bench import process, servers
 
 HERE = Path(__file__).resolve().parent
 DRAFT_STEPS = (2, 3, 4, 5, 7)
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
 def options(request) -> Options:
     log_dir = (option(request.config, "log_dir") or Path(tempfile.mkdtemp(prefix="nsa-e2e-"))).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
-    command = option(request.config, "command") or servers.COMMAND
+    command = option(request.config, "command") or process.COMMAND
     port, context = option(request.config, "port", 30000), option(request.config, "context") or CONTEXT
     return Options(command, port, log_dir, option(request.config, "ready_seconds", 900), context)
 

@@ -6,34 +6,32 @@ only at a token where upstream's own logits, asked again, are that close. Batche
 index_topk tokens: there every bit must be the same.
 """
 
-import asyncio
 import contextlib
 import math
 import random
-import re
-import statistics
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import aiohttp
+from typing import NamedTuple
 
 from sglang_nsa_fused.plugin import find_release
-from sglang_nsa_fused.tools.bench import servers
+from sglang_nsa_fused.tools.bench import process, servers
 from sglang_nsa_fused.tools.bench.compare import most_alike
 from sglang_nsa_fused.tools.bench.probe import DECISIVE
-from sglang_nsa_fused.tools.bench.probed import Probed, observed
-from sglang_nsa_fused.tools.bench.servers import HOST, Failed, console
+from sglang_nsa_fused.tools.bench.process import Failed, drafts, observed
+from sglang_nsa_fused.tools.bench.report import console
+from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 SIDES = OFF, ON = ("off", "on")
+PORTS_APART = 1000  # of two servers: data-parallel attention takes some hundreds more than the first
 CAPTURED = 8  # the largest batch with a graph
 RUNNING = 16  # the largest batch
 CHUNK = 1024  # tokens of a prefill
 CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
 ONE_CALL = (1, 7, 63, 64, 66, 500, 999, 1000)  # lengths; 65 would read one page or another, see prefill_alone
-DRIFT_MIB = 64  # over the second half of the load
-HOST_MEMORY, GPU_MEMORY = "host memory", "GPU memory"
 
 ITSELF = "upstream's output ids differ in other batches"
 
@@ -55,10 +53,6 @@ class Request:
     prompt: tuple[int, ...]
     output_tokens: int
 
-    @property
-    def body(self) -> dict:
-        return {"input_ids": list(self.prompt), "sampling_params": greedy(self.output_tokens)}
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -70,43 +64,32 @@ class Answer:
         return Answer(tuple(reply["output_ids"]), reply["meta_info"]["cached_tokens"])
 
 
-class Server(Probed):
+class Server(process.Server):
     def __init__(self, side: str, configuration: Configuration, options):
         self.side, folder = side, options.log_dir
         env = servers.environment(side == ON, probe=folder / "probe") | {"SERVER_PROBE_WEIGHTS": "decisive"}
-        env |= {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}  # of the small model's 163,840
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
-        flags += servers.size_flags(servers.HERE / "model", options.context, 0.9, 3 * CONTEXT, RUNNING)
-        flags += ["--chunked-prefill-size", CHUNK, "--decode-log-interval", 1, *configuration.flags]
-        port = options.port + servers.PORTS_APART * SIDES.index(side)
+        flags += servers.size_flags(servers.HERE / "model", options.context, RUNNING)
+        flags += [
+            "--max-total-tokens",
+            3 * CONTEXT,
+            "--chunked-prefill-size",
+            CHUNK,
+            "--decode-log-interval",
+            1,
+            *configuration.flags,
+        ]
+        port = options.port + PORTS_APART * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
 
     def batches(self, mark: int) -> list[tuple[int, bool]]:
         """Size of each decode batch since then, and whether it had a graph."""
-        return [(int(size), graph == "True") for size, graph in servers.DECODE.findall(self.log_from(mark))]
-
-    def host_mib(self) -> float:
-        """Anonymous memory of the scheduler processes."""
-        pids = servers.session_members([self.process])
-        titles = {}
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                titles[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        found = [pid for pid, title in titles.items() if b"sglang::scheduler" in title] or pids
-        kib = 0
-        for pid in found:
-            with contextlib.suppress(OSError):
-                kib += int(re.search(r"RssAnon:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-        return kib / 1024
+        return [(int(size), graph == "True") for size, graph in process.DECODE.findall(self.log_from(mark))]
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     off: Server
     on: Server
-
-    def __iter__(self):
-        return iter((self.off, self.on))
 
 
 @dataclass(frozen=True)
@@ -121,16 +104,15 @@ class Options:
 @contextlib.contextmanager
 def running(configuration: Configuration, options: Options):
     """The pair, stopped however the block ends. Raises Failed."""
-    servers.interrupt_on_signals()
+    interrupt_on_signals()
     servers.write_probe(options.log_dir / "probe")
     pair = Pair(*(Server(side, configuration, options) for side in SIDES))
-    before = servers.gpu_memory_mib()
-    try:
+    with process.running(pair):
         try:
-            servers.start(list(pair), options.ready_seconds)
+            process.wait_ready(pair, time.monotonic() + options.ready_seconds)
         except Failed as error:
             # Where both ended, whichever was seen first, it is not for the plugin.
-            if pair.off.process and servers.wait(lambda: pair.off.process.poll() is not None, 20):
+            if process.wait(lambda: pair.off.process.poll() is not None, 20):
                 raise pair.off.ended() from error
             raise
         for server in pair:
@@ -139,12 +121,6 @@ def running(configuration: Configuration, options: Options):
         seconds = [server.ready_seconds for server in pair]
         console.print(f"\n{configuration.name}: ready after {seconds} s, logs in {options.log_dir}")
         yield pair
-    finally:
-        servers.stop(list(pair), before)
-
-
-def greedy(output_tokens: int) -> dict:
-    return {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
 
 
 def prompt(seed, length: int) -> tuple[int, ...]:
@@ -152,54 +128,38 @@ def prompt(seed, length: int) -> tuple[int, ...]:
     return tuple(draw.randrange(10, 120_000) for _ in range(length))
 
 
-def client() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=servers.REQUEST_SECONDS)
-    )
+def ask(server: Server, request: Request) -> Answer:
+    """Raises Failed."""
+    return Answer.of(server.generate(request.prompt, request.output_tokens))
 
 
-async def ask(session, server: Server, body: dict, path: str = "/generate"):
-    """The reply's JSON; of other paths than /generate None. Raises Failed."""
-    try:
-        async with session.post(f"http://{HOST}:{server.port}{path}", json=body) as reply:
-            if reply.status != 200:
-                raise Failed(f"{server.name}: {reply.status} {await reply.text()}{server.tail()}")
-            return await reply.json() if path == "/generate" else None
-    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-        raise Failed(f"{server.name}: no answer from the server: {error!r}{server.tail()}") from error
+def send(server: Server, requests: list[Request], in_flight=None) -> list[Answer]:
+    """in_flight: for each request how many may be under way when it is sent, itself included. Raises Failed."""
+    under_way, ended = 0, threading.Condition()
 
-
-async def send(session, server: Server, requests: list[Request], in_flight) -> list[Answer]:
-    """in_flight: for each request how many may be under way when it is sent, itself included."""
-    under_way, ended = 0, asyncio.Condition()
-
-    async def one(request: Request) -> Answer:
+    def one(request: Request) -> Answer:
         nonlocal under_way
         try:
-            return Answer.of(await ask(session, server, request.body))
+            return ask(server, request)
         finally:
-            async with ended:
+            with ended:
                 under_way -= 1
                 ended.notify_all()
 
-    tasks = []
-    for request, limit in zip(requests, in_flight):
-        async with ended:
-            await ended.wait_for(lambda: under_way < limit)
-            under_way += 1
-        tasks.append(asyncio.create_task(one(request)))
-    return await asyncio.gather(*tasks)
+    with ThreadPoolExecutor(len(requests)) as pool:
+        asked = []
+        for request, limit in zip(requests, in_flight or [math.inf] * len(requests)):
+            with ended:
+                ended.wait_for(lambda limit=limit: under_way < limit)
+                under_way += 1
+            asked.append(pool.submit(one, request))
+        return [one.result() for one in asked]
 
 
 def answers(asked: list[Server], requests: list[Request], in_flight=None) -> list[list[Answer]]:
     """Of each server, all asked at the same time."""
-
-    async def run():
-        async with client() as session:
-            limits = in_flight or [math.inf] * len(requests)
-            return await asyncio.gather(*(send(session, server, requests, limits) for server in asked))
-
-    return asyncio.run(run())
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda server: send(server, requests, in_flight), asked))
 
 
 def wave(count: int, phase: float = 0.0) -> list[int]:
@@ -214,8 +174,8 @@ def differing(left: list[Answer], right: list[Answer]) -> list[int]:
 def margin(server: Server, request: Request, one: Answer, other: Answer) -> tuple[int, float]:
     """The first token in which the answers differ, and how far both are at most from the server's best there, in nats."""
     at = next(at for at, (left, right) in enumerate(zip(one.ids, other.ids)) if left != right)
-    body = Request(request.prompt + one.ids[:at], 1).body | {"return_logprob": True, "top_logprobs_num": 8}
-    top = server.post("/generate", body)["meta_info"]["output_top_logprobs"][0]
+    reply = server.generate(request.prompt + one.ids[:at], 1, return_logprob=True, top_logprobs_num=8)
+    top = reply["meta_info"]["output_top_logprobs"][0]
     logprobs = {token: logprob for logprob, token, *_ in top}
     return at, max(logprobs.values()) - min(logprobs.get(answer.ids[at], -math.inf) for answer in (one, other))
 
@@ -245,17 +205,16 @@ def check_same(
     return len(found)
 
 
-async def prefill_alone(server: Server) -> None:
+def prefill_alone(server: Server) -> None:
     """Leaves only the call's prompts in the prefix cache, none of them computed in a batch with others.
 
     Of 64 k + 1 tokens sglang finds k - 1 pages there, since it looks up pairs of the tokens but the last, computes the k-th
     again, and while the first step is under way puts the cached page in its place. Which one that step reads is chance, and
     one was computed in a batch with others.
     """
-    async with client() as session:
-        await ask(session, server, {}, "/flush_cache?timeout=30")
-        for length in ONE_CALL:
-            await ask(session, server, Request(prompt("one call", length), 1).body)
+    server.post("/flush_cache?timeout=30", {})
+    for length in ONE_CALL:
+        ask(server, Request(prompt("one call", length), 1))
 
 
 @dataclass(frozen=True)
@@ -273,7 +232,7 @@ def call(server: Server) -> Call:
     """Raises Failed."""
     prompts = [list(prompt("one call", length)) for length in ONE_CALL]
     mark, start = server.mark, time.perf_counter_ns()
-    replies = server.post("/generate", {"input_ids": prompts, "sampling_params": greedy(32), "return_logprob": True})
+    replies = server.generate(prompts, 32, return_logprob=True)
     end = time.perf_counter_ns()
     if not all(reply["meta_info"].get("spec_verify_ct") for reply in replies):
         raise Failed(f"{server.name}: no verify steps: the server does not decode speculatively")
@@ -298,7 +257,7 @@ def alike(pair: Pair, least: int = 3, most: int = 16) -> list[list[Call]]:
 def check_call(pair: Pair) -> None:
     """One call is reproducible: its ids and logprobs are the same to the bit, however often it is made."""
     for server in pair:
-        asyncio.run(prefill_alone(server))
+        prefill_alone(server)
         call(server)  # kernels may still be compiled
     upstream, ours = alike(pair)
     first = upstream[0]
@@ -322,7 +281,7 @@ def check_drafts(pair: Pair) -> None:
     """Output ids do not tell wrong draft metadata: the target model corrects it."""
     with observed(*pair):
         calls = alike(pair, least=1)
-    upstream, ours = ([server.drafts(one.start, one.end) for one in made] for server, made in zip(pair, calls))
+    upstream, ours = ([drafts(server.samples(), one.start, one.end) for one in made] for server, made in zip(pair, calls))
     console.print(f"  {len(upstream[0])} rows of draft tokens")
     assert upstream[0], "the probe saw no draft tokens"
     assert all(rows == upstream[0] for rows in [*upstream, *ours]), "the draft tokens of one call differ"
@@ -338,32 +297,3 @@ def wait_idle(server: Server, seconds: float) -> bool:
         if server.batches(mark):
             quiet_since, mark = time.monotonic(), server.mark
     return True
-
-
-def drift(samples: list[tuple[float, float]]) -> float:
-    """By how much the second half of (seconds, MiB) rises, along its least-squares line."""
-    half = samples[len(samples) // 2 :]
-    slope = statistics.linear_regression(*zip(*half)).slope
-    return slope * (half[-1][0] - half[0][0])
-
-
-def memory(pair: Pair) -> dict[tuple[str, str], float]:
-    """(side, what) -> MiB; the whole GPU's of both sides where the driver does not tell it by process."""
-    by_process = servers.gpu_memory_by_process()
-    members = {server.side: servers.session_members([server.process]) for server in pair}
-    on_gpu = {(side, GPU_MEMORY): sum(by_process.get(pid, 0) for pid in pids) for side, pids in members.items()}
-    if not all(on_gpu.values()):
-        on_gpu = {("both", GPU_MEMORY): servers.gpu_memory_mib()}
-    return {(server.side, HOST_MEMORY): server.host_mib() for server in pair} | on_gpu
-
-
-def check_drift(samples: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
-    """Of `memory`, over time."""
-    rises = {key: drift(found) for key, found in samples.items()}
-    for (side, what), found in samples.items():
-        low, high = (pick(mib for _, mib in found) for pick in (min, max))
-        console.print(f"  {what}, {side}: {low:.0f} to {high:.0f} MiB, {rises[side, what]:+.1f} over the second half")
-    on_gpu = sum(rise for (_, what), rise in rises.items() if what == GPU_MEMORY)
-    assert on_gpu < DRIFT_MIB, f"GPU memory drifts: {on_gpu:+.1f} MiB over the second half of the load"
-    ours = rises[ON, HOST_MEMORY] - max(0, rises[OFF, HOST_MEMORY])
-    assert ours < DRIFT_MIB, f"host memory drifts: {ours:+.1f} MiB more than upstream's over the second half of the load"

@@ -1,13 +1,15 @@
 """A real server with speculative decoding, plugin off and on; one pair of servers for each configuration."""
 
-import asyncio
 import collections
-import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import memory
 import serving
-from serving import CAPTURED, CHUNK, RUNNING, Request, answers, check_same, client, console, prompt
+from serving import CAPTURED, CHUNK, RUNNING, Request, answers, check_same, console, prompt
+
+from sglang_nsa_fused.tools.bench import process
 
 SAMPLES = 40  # of memory under load, at the least
 
@@ -88,7 +90,7 @@ def test_abort(pair):
     others = [Request(prompt(("abort", number), 50 * number + 20), 64) for number in range(6)]
     upstream, _ = answers(list(pair), others)  # also brings both prefix caches to the same state
     for server in pair:
-        ours, ended = asyncio.run(abort(server, others))
+        ours, ended = abort(server, others)
         assert ended == "abort", f"{server.name}: the aborted request ended with {ended}"
         # Without the abort they would go on for longer: at most draft_steps + 1 tokens of 30,000 each 8 ms or so.
         assert serving.wait_idle(server, 15), f"{server.name}: still decoding after its requests were aborted"
@@ -96,60 +98,60 @@ def test_abort(pair):
     check_same(pair, others, *answers(list(pair), others))
 
 
-async def abort(server, others: list[Request]) -> tuple[list, str]:
+def abort(server, others: list[Request]) -> tuple[list, str]:
     """The others' answers, and how the aborted request ended."""
-    endless = [Request(prompt(("endless", number), 100), 30_000).body for number in range(2)]
-    async with client() as session:
-        aborted = asyncio.create_task(serving.ask(session, server, endless[0] | {"rid": "aborted"}))
-        url = f"http://{serving.HOST}:{server.port}/generate"
-        async with client() as other, other.post(url, json=endless[1] | {"stream": True}) as stream:
-            running = asyncio.create_task(serving.send(session, server, others, [math.inf] * len(others)))
-            for _ in range(3):  # until it decodes
-                await stream.content.readuntil(b"\n\n")
-            stream.close()
-        await serving.ask(session, server, {"rid": "aborted"}, "/abort_request")
-        found = await running
-        return found, (await aborted)["meta_info"]["finish_reason"]["type"]
+    endless = [prompt(("endless", number), 100) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        aborted = pool.submit(server.generate, endless[0], 30_000, rid="aborted")
+        body = {"input_ids": endless[1], "sampling_params": process.greedy(30_000), "stream": True}
+        with server.open("/generate", body) as stream:
+            running = pool.submit(serving.send, server, others)
+            for _ in range(6):  # three chunks, an empty line behind each: until it decodes
+                stream.readline()
+        server.post("/abort_request", {"rid": "aborted"})
+        return running.result(), aborted.result()["meta_info"]["finish_reason"]["type"]
 
 
 def test_load(pair, minutes):
     """GPU and host memory of each server under the same load, and their tokens after it."""
     samples = collections.defaultdict(list)
-    count = asyncio.run(load(pair, 60 * minutes, samples))
+    count = load(pair, 60 * minutes, samples)
     console.print(f"  {count} requests in {minutes} minutes")
-    serving.check_drift(samples)
+    memory.check_drift(samples)
     serving.check_call(pair)
     assert len(pair.on.plugin_lines()) == 1
 
 
-async def load(pair, seconds: float, samples: dict) -> int:
+def load(pair, seconds: float, samples: dict) -> int:
     """Goes on for so long, and until there are SAMPLES of memory, however busy the machine is."""
-    draw, start, count, watching = random.Random("load"), time.monotonic(), 0, True
+    start, watching = time.monotonic(), True
 
-    async def client_of(server, session):
-        nonlocal count
+    def client_of(server, number: int) -> int:
+        """How many requests it sent."""
+        draw, count = random.Random(f"load {number}"), 0
         while watching:
-            request = Request(prompt(draw.random(), draw.randint(1, 2500)), draw.randint(8, 200))
-            await serving.send(session, server, [request], [math.inf])
+            serving.ask(server, Request(prompt(draw.random(), draw.randint(1, 2500)), draw.randint(8, 200)))
             count += 1
             if draw.random() < 0.02:  # some pauses, so that the batch shrinks
-                await asyncio.sleep(draw.random())
+                time.sleep(draw.random())
+        return count
 
-    async def watch():
-        nonlocal watching
-        said, taken = start, 0
-        while (now := time.monotonic()) - start < seconds or taken < SAMPLES:
-            memory = await asyncio.to_thread(serving.memory, pair)
-            for key, mib in memory.items():
-                samples[key].append((now - start, mib))
-            taken += 1
-            if now - said > 30:
-                said = now
-                console.print(f"  {now - start:.0f} s, {count} requests, {[round(mib) for mib in memory.values()]} MiB")
-            await asyncio.sleep(min(5, seconds / SAMPLES))
-        watching = False
-
-    async with client() as session:
-        clients = [client_of(server, session) for server in pair for _ in range(RUNNING - 4)]
-        await asyncio.gather(watch(), *clients)
-    return count
+    clients = [(server, number) for server in pair for number in range(RUNNING - 4)]
+    with ThreadPoolExecutor(len(clients)) as pool:
+        counts = [pool.submit(client_of, *client) for client in clients]
+        try:
+            said, taken = start, 0
+            while (now := time.monotonic()) - start < seconds or taken < SAMPLES:
+                if failed := [one for one in counts if one.done()]:
+                    failed[0].result()
+                mib_of = memory.memory(pair)
+                for key, mib in mib_of.items():
+                    samples[key].append((now - start, mib))
+                taken += 1
+                if now - said > 30:
+                    said = now
+                    console.print(f"  {now - start:.0f} s, {[round(mib) for mib in mib_of.values()]} MiB")
+                time.sleep(min(5, seconds / SAMPLES))
+        finally:
+            watching = False
+        return sum(one.result() for one in counts)

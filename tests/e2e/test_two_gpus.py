@@ -7,7 +7,7 @@ import pytest
 import serving
 from serving import Configuration, Request, answers, check_same, console, prompt
 
-from sglang_nsa_fused.tools.bench.servers import Failed
+from sglang_nsa_fused.tools.bench.process import Failed
 
 PARALLEL = {"tp2": ("--tp-size", 2), "tp2-dp2": ("--tp-size", 2, "--dp-size", 2, "--enable-dp-attention")}
 ACTIVE = re.compile(r"^.*\b(TP\d+)[^\]]*\].*sglang-nsa-fused .* active", re.M)

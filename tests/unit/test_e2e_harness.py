@@ -33,10 +33,10 @@ class Run:
                 "--e2e-port",
                 free_port(),
             ),
-            *("--e2e-command", shlex.join([sys.executable, str(E2E / "fake_server.py")]), "--e2e-requests", 40),
+            *("--e2e-command", shlex.join([sys.executable, str(E2E.parent / "fake_server.py")]), "--e2e-requests", 40),
             *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
         ]
-        env = {"MARGIN": "1", "FAKE": "", "COLUMNS": "300", **env}
+        env = {"FAKE_MARGIN": "1", "FAKE_STEP_SECONDS": "0.04", "COLUMNS": "300", **env}
         self.process = subprocess.Popen(
             list(map(str, command)),
             env=os.environ | env,
@@ -52,18 +52,22 @@ class Run:
         return output.splitlines()[-1], output
 
 
+def on(*faults: str) -> dict[str, str]:
+    return {f"FAKE_{fault}": "on" for fault in faults}
+
+
 SERVER = ("--e2e-draft-steps", "4", "-k", "test_server")
 RUNS = {
     "good": (SERVER, {}),
-    "faulty": (SERVER, {"FAKE": "NO_LINE,DRAFT,BUSY,LEAK"}),
-    "bits": ((*SERVER[:2], "-k", "test_server and (one_call or abort)"), {"FAKE": "LOGPROB,NO_ABORT"}),
-    "some apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"SPLIT": "2"}),
-    "all apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"SPLIT": "1"}),
-    "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), {"FAKE": "TOKEN,FALLBACK"}),
-    "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), {"FAKE": "TOKEN", "MARGIN": "0.01"}),
-    "two GPUs": (("-k", "two_gpus"), {"REFUSES_DP": "1"}),
-    "one rank": (("-k", "two_gpus and ranks"), {"FAKE": "ONE_RANK"}),
-    "weights": ((*SERVER[:2], "-k", "test_server and log_line"), {"FAKE": "OTHER_WEIGHTS"}),
+    "faulty": (SERVER, on("NO_LINE", "DRAFT", "BUSY", "LEAK")),
+    "bits": ((*SERVER[:2], "-k", "test_server and (one_call or abort)"), on("LOGPROB", "NO_ABORT")),
+    "some apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"FAKE_APART": "2"}),
+    "all apart": ((*SERVER[:2], "-k", "test_server and one_call"), {"FAKE_APART": "1"}),
+    "tokens": ((*SERVER[:2], "-k", "test_server and (log_line or joining or prefix)"), on("TOKEN", "FALLBACK")),
+    "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), on("TOKEN") | {"FAKE_MARGIN": "0.01"}),
+    "two GPUs": (("-k", "two_gpus"), {"FAKE_REFUSES_DP": "1"}),
+    "one rank": (("-k", "two_gpus and ranks"), on("ONE_RANK")),
+    "weights": ((*SERVER[:2], "-k", "test_server and log_line"), on("OTHER_WEIGHTS")),
     "terminated": ((*SERVER[:2], "-k", "test_server and load", "--e2e-minutes", "10"), {}),
 }
 

@@ -22,13 +22,13 @@ def run(memory, tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"vocab_size": 1000}')
-    site = stub_site(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(stub_site(tmp_path / "site")))
 
     def call(*more, **env) -> tuple[int, dict]:
         for name, value in env.items():
             monkeypatch.setenv(f"FAKE_{name}", value)
         out = tmp_path / "memory.json"
-        own = {"--server-command": FAKE, "--log-dir": tmp_path / "logs", "--out": out, "--port": free_port(), "--site": site}
+        own = {"--server-command": FAKE, "--log-dir": tmp_path / "logs", "--out": out, "--port": free_port()}
         case = ["--model-path", model, *"--batch 3 --output-tokens 4 --input-tokens 8 --commit c".split()]
         status = memory.main([*map(str, itertools.chain(*own.items(), case)), *more])
         return status, json.loads(out.read_text()) if out.exists() else {}
@@ -66,21 +66,21 @@ def test_one_gpu_has_one_server_at_a_time_and_what_is_too_low_is_no_end(run, tmp
 @pytest.mark.parametrize(
     "fakes, text",
     [
-        ({"DIE_EARLY": "on"}, "ours-85: the server ended with status 3"),
-        ({"NO_LINE": "on"}, "ours-85: expected the plugin's line with the plugin alone, got []"),
+        ({"DIE_EARLY": "on"}, "ours-85: the server ended with status 1"),
+        ({"NO_LINE": "on"}, "ours-85: the plugin is not active"),
         ({"FITS_off": "70"}, "upstream: no fraction worked"),
         ({}, "ours: --high 0.85 works; give a higher one"),
     ],
 )
 def test_what_is_no_result(run, capsys, fakes, text):
     status, _ = run("--gpus", "2", "--low", "0.85", "--high", "0.85", **fakes)
-    assert status == 1 and f"FAILED {text}" in capsys.readouterr().out
+    assert status == 1 and f"FAILED {text}" in capsys.readouterr().err
 
 
 def test_nothing_is_begun_that_would_end_too_late(run, capsys):
     status, found = run("--low", "0.80", "--high", "0.90", "--max-minutes", "0")
     assert (status, found) == (1, {})
-    assert "nothing was measured\nFAILED not finished: too little time is left" in capsys.readouterr().out
+    assert "nothing was measured\nFAILED not finished: too little time is left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

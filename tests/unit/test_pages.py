@@ -17,18 +17,27 @@ def test_no_table_is_stale():
 
 def test_servers_that_differ_in_a_flag_alone_come_one_after_the_other():
     from benchmarks.cases import parse
+
+    names = [
+        f"n4-bs{bs}-len64-{cache}{more}" for cache in ("bf16", "fp8") for more in ("", "-1core", "-layers8") for bs in (1, 16)
+    ]
+    shuffled = names[1::2] + names[::2]
+    assert sorted(shuffled, key=parse) == names
+
+
+def test_the_names_of_the_benchmark_are_read_back():
+    from benchmarks.cases import parse
     from benchmarks.server import Configuration
 
-    of = [
-        Configuration(4, cache, layers, one_core, False)
-        for cache in ("bf16", "fp8")
-        for layers in (3, 8)
-        for one_core in (False, True)
-    ]
-    names = [one.named(f"bs{bs}-len64-") for one in of for bs in (1, 16)]
-    assert names[:4] == ["n4-bs1-len64-bf16", "n4-bs16-len64-bf16", "n4-bs1-len64-bf16-1core", "n4-bs16-len64-bf16-1core"]
-    backwards = names[::-1]
-    assert sorted(backwards, key=parse) == names
+    found = parse(Configuration(4, "fp8", 61, 163_840).named("bs8-len64-"))
+    assert (found.draft_steps, found.batch, found.length, found.width, found.cache, found.layers) == (
+        4,
+        8,
+        64,
+        163_840,
+        "fp8",
+        61,
+    )
 
 
 def test_names_of_refreshes_old_and_new():

@@ -1,4 +1,4 @@
-"""Pictures of result files: latency by context length, host time by batch, both sides with their spread."""
+"""Pictures of result files: host time by batch, and what benchmarks/ draws, both sides with their spread."""
 
 import re
 from pathlib import Path
@@ -36,14 +36,6 @@ def draw(axes, groups: dict[str, list[tuple]], title: str, xlabel: str, ylabel: 
     axes.set_ylim((low, high * 10) if log else (0, high * 1.2))  # room for the legend
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
-
-
-def by_length(cases: list[dict], metric: str) -> dict[str, list[tuple]]:
-    groups: dict[str, list[tuple]] = {}
-    for case in cases:
-        if case["metric"] == metric and case.get("input_tokens"):
-            groups.setdefault(f"{case['concurrency']} at a time", []).append((case["input_tokens"], case))
-    return groups
 
 
 def by_batch(cases: list[dict]) -> tuple[dict[str, list[tuple]], int | None]:
@@ -87,14 +79,3 @@ def save(head: dict, path: Path, *panels) -> list[Path]:
 
 def host_by_batch(head: dict, cases: list[dict], path: Path) -> list[Path]:
     return save(head, path, lambda axes: draw_host(axes, cases))
-
-
-def latency_and_host(head: dict, cases: list[dict], path: Path) -> list[Path]:
-    """What there are no cases for has no panel."""
-    panels = []
-    for metric, title in (("tpot_ms", "Time per output token"), ("ttft_ms", "Time to first token")):
-        if groups := by_length(cases, metric):
-            panels.append(lambda axes, groups=groups, title=title: draw(axes, groups, title, "input tokens", "ms"))
-    if by_batch(cases)[0]:
-        panels.append(lambda axes: draw_host(axes, cases))
-    return save(head, path, *panels) if panels else []

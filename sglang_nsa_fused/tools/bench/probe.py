@@ -2,8 +2,7 @@
 
 It appends JSON lines to the file that SERVER_PROBE_FILE names: "at", when the call began (perf_counter_ns, on Linux one
 clock for all processes); "kind", draft, verify or extend; "bs", the batch size; "ns", its duration on the host.
-"peak_bytes", with "at", is the most GPU memory that torch has had allocated in this process; "table_bytes" what its backends
-hold of it for their graphs, page tables first of all.
+"table_bytes", with "at", is the GPU memory that the backends of this process hold for their graphs, page tables first of all.
 
 While a file of that name with ".observe" exists it also appends, at a price: the draft tokens of each step ("drafts"), since
 output ids do not tell wrong draft metadata: the target model corrects it; and with kind "draft graph" the GPU's time for the
@@ -248,9 +247,6 @@ def _start_writer() -> None:
 
 def _write() -> None:
     global _observes
-    from torch.cuda import max_memory_allocated
-
-    peak = 0
     # Unbuffered, all lines in one write: with several schedulers the file is theirs together.
     with open(os.environ[FILE], "ab", buffering=0) as file:
         while True:
@@ -262,7 +258,4 @@ def _write() -> None:
                 found.append({"at": at, "kind": "draft graph", "bs": bs, "ns": start.elapsed_time(end) * 1e6})
             while _samples:
                 found.append(_samples.popleft())
-            if max_memory_allocated() > peak:
-                peak = max_memory_allocated()
-                found.append({"at": time.perf_counter_ns(), "peak_bytes": peak})
             file.write("".join(json.dumps(sample) + "\n" for sample in found).encode())
