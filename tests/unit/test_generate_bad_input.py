@@ -86,7 +86,7 @@ AT_CAPTURE = [
         DECODE,
         destination("page_table_1", lambda t, c: c.values.req_to_token[:3]),
         ValueError,
-        "page_table_1_dst: .* overlaps the source req_to_token",
+        "req_to_token: expected memory that is not written, but it overlaps page_table_1_dst",
     ),
     (DECODE, value("num_splits", None), ValueError, "flashmla_num_splits_dst: expected None as its source is None"),
     (DECODE, value("segment_len", 0), ValueError, "segment_len: expected the tokens of a schedule's segment"),
