@@ -33,7 +33,14 @@ void check_count(ffi::PackedArgs args, int expected, const char* function) {
                              << std::to_string(args.size());
 }
 
-#ifndef NSA_FUSED_CUDA_ARCHS
+#ifdef NSA_FUSED_CUDA_ARCHS
+// launch: (cudaStream_t) -> cudaError_t
+template <typename Launch>
+void on_stream(DLDevice device, const Launch& launch) {
+  ffi::CUDADeviceGuard guard(device.device_id);
+  TVM_FFI_CHECK_CUDA_ERROR(launch(static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id))));
+}
+#else
 [[noreturn]] void refuse_cuda(const char* name, DLDevice device) {
   TVM_FFI_THROW(RuntimeError) << name << ": on " << to_string(device)
                               << ", but this library was built without CUDA; build it where nvcc is";
@@ -84,10 +91,7 @@ struct Copy {
   template <int kCapacity>
   void launch(const View* src, const Sizes& sizes) const {
     CopyParams<kCapacity> params;
-    if (!plan.pack(src, sizes, &params)) return;
-    ffi::CUDADeviceGuard guard(device.device_id);
-    const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_copy(params, stream));
+    if (plan.pack(src, sizes, &params)) on_stream(device, [&](cudaStream_t stream) { return launch_copy(params, stream); });
   }
 #endif
 };
@@ -103,7 +107,7 @@ Batch read_batch(ffi::PackedArgs args, Reader& read) {
 }
 
 // Of a GPU; 1 for the CPU.
-int count_sms(DLDevice device) {
+int count_sms([[maybe_unused]] DLDevice device) {
   int count = 1;
 #ifdef NSA_FUSED_CUDA_ARCHS
   if (device.device_type == kDLCUDA)
@@ -145,9 +149,7 @@ struct Generate {
   void launch(const Batch& batch) const {
     GenerateParams<kCapacity> params;
     plan.pack(batch, &params);
-    ffi::CUDADeviceGuard guard(device.device_id);
-    const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, wide, live_cols, num_sms, stream));
+    on_stream(device, [&](cudaStream_t stream) { return launch_generate(params, wide, live_cols, num_sms, stream); });
   }
 #endif
 };
@@ -219,6 +221,11 @@ void checked(const Function& function, ffi::PackedArgs args, ffi::Any* result) {
   }
 }
 
+template <typename Function>
+ffi::Function to_python(Function function) {
+  return ffi::Function::FromPacked([=](ffi::PackedArgs args, ffi::Any* result) { checked(function, args, result); });
+}
+
 // (owner, forward_mode, 10 tensors or None for each destination) -> a function that copies to them and holds the owner, any
 // object that keeps the tensors alive: (10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
@@ -235,7 +242,7 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
                       read_size(args[kNumFields + 2], "max_seqlen_k"), read_size(args[kNumFields + 3], "seqlens_expanded_size")};
     (*copy)(args, kNumFields, sizes);
   };
-  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = to_python(replay);
 }
 
 // (owner, forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor,
@@ -275,7 +282,7 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
     Reader read(generate->device);
     (*generate)(read_batch(args, read));
   };
-  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = to_python(replay);
 }
 
 // (owner, req_to_token, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor) -> a
@@ -314,7 +321,7 @@ void draft_extend_plan(ffi::PackedArgs args, ffi::Any* result) {
       refuse("rows: expected bs * num_draft_tokens = ", batch.bs * now.num_draft_tokens, " without extend_lens, got ", now.rows);
     Generate(std::move(plan), device, gpu_sms)(batch);
   };
-  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = to_python(replay);
 }
 
 // The GPU architectures compiled in, such as "sm_90 compute_80"; empty without CUDA.
