@@ -33,7 +33,14 @@ void check_count(ffi::PackedArgs args, int expected, const char* function) {
                              << std::to_string(args.size());
 }
 
-#ifndef NSA_FUSED_CUDA_ARCHS
+#ifdef NSA_FUSED_CUDA_ARCHS
+// launch: (cudaStream_t) -> cudaError_t
+template <typename Launch>
+void on_stream(DLDevice device, const Launch& launch) {
+  ffi::CUDADeviceGuard guard(device.device_id);
+  TVM_FFI_CHECK_CUDA_ERROR(launch(static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id))));
+}
+#else
 [[noreturn]] void refuse_cuda(const char* name, DLDevice device) {
   TVM_FFI_THROW(RuntimeError) << name << ": on " << to_string(device)
                               << ", but this library was built without CUDA; build it where nvcc is";
@@ -84,10 +91,7 @@ struct Copy {
   template <int kCapacity>
   void launch(const View* src, const Sizes& sizes) const {
     CopyParams<kCapacity> params;
-    if (!plan.pack(src, sizes, &params)) return;
-    ffi::CUDADeviceGuard guard(device.device_id);
-    const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_copy(params, stream));
+    if (plan.pack(src, sizes, &params)) on_stream(device, [&](cudaStream_t stream) { return launch_copy(params, stream); });
   }
 #endif
 };
@@ -102,21 +106,26 @@ Batch read_batch(ffi::PackedArgs args, Reader& read) {
   return batch;
 }
 
+// Of a GPU; 1 for the CPU.
+int count_sms([[maybe_unused]] DLDevice device) {
+  int count = 1;
+#ifdef NSA_FUSED_CUDA_ARCHS
+  if (device.device_type == kDLCUDA)
+    TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.device_id));
+#endif
+  return count;
+}
+
 // A plan, the device of its tensors, and what their launch depends on.
 struct Generate {
   GeneratePlan plan;
   DLDevice device;
   int64_t live_cols;
   bool wide;
-  int num_sms = 1;
+  int num_sms;
 
-  explicit Generate(GeneratePlan made, DLDevice device)
-      : plan(std::move(made)), device(device), live_cols(plan.live_cols()), wide(plan.is_wide()) {
-#ifdef NSA_FUSED_CUDA_ARCHS
-    if (device.device_type == kDLCUDA)
-      TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.device_id));
-#endif
-  }
+  Generate(GeneratePlan made, DLDevice device, int num_sms)
+      : plan(std::move(made)), device(device), live_cols(plan.live_cols()), wide(plan.is_wide()), num_sms(num_sms) {}
 
   void operator()(const Batch& batch) const {
     plan.check(batch);
@@ -140,12 +149,42 @@ struct Generate {
   void launch(const Batch& batch) const {
     GenerateParams<kCapacity> params;
     plan.pack(batch, &params);
-    ffi::CUDADeviceGuard guard(device.device_id);
-    const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_generate(params, wide, live_cols, num_sms, stream));
+    on_stream(device, [&](cudaStream_t stream) { return launch_generate(params, wide, live_cols, num_sms, stream); });
   }
 #endif
 };
+
+// So that no product of two is beyond 64 bits.
+void check_workspace_size(const char* name, int64_t value) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (value < 1 || value > kMost) refuse(name, ": expected 1 to ", kMost, ", got ", value);
+}
+
+// A draft extend's tensors in its workspace, see draft_extend_plan.
+std::vector<GeneratePlan::Destination> split_workspace(const View& workspace, const GenerateSizes& sizes, int64_t cols,
+                                                       int64_t num_sms) {
+  const int64_t bs = sizes.bs, rows = sizes.rows;
+  check_workspace_size("rows", rows);
+  check_workspace_size("cols", cols);
+  check_workspace_size("bs", bs);
+  std::vector<GeneratePlan::Destination> dst(1);
+  int64_t used = 0;
+  const auto place = [&](int f, int64_t rows, int64_t cols) {
+    dst[0].field[f] = {true, workspace.data + used, rows, cols, cols};
+    used += rows * cols;
+  };
+  if (sizes.segment_len) place(kSchedule, 1, 2 * (num_sms + 1));
+  place(kPageTable1, rows, cols);
+  place(kRealPageTable, rows, (cols + sizes.page_size - 1) / sizes.page_size);
+  place(kCacheSeqlens, 1, bs);
+  place(kCuSeqlensK, 1, bs + 1);
+  place(kSeqlensExpanded, 1, rows);
+  place(kNsaCacheSeqlens, 1, rows);
+  place(kNsaCuSeqlensK, 1, rows + 1);
+  if (!workspace.given) refuse("workspace: expected an int32 tensor, got None");
+  if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
+  return dst;
+}
 
 // (9 sources, 9 destinations, forward_mode, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void fused_metadata_copy(ffi::PackedArgs args, ffi::Any*) {
@@ -182,6 +221,11 @@ void checked(const Function& function, ffi::PackedArgs args, ffi::Any* result) {
   }
 }
 
+template <typename Function>
+ffi::Function to_python(Function function) {
+  return ffi::Function::FromPacked([=](ffi::PackedArgs args, ffi::Any* result) { checked(function, args, result); });
+}
+
 // (owner, forward_mode, 10 tensors or None for each destination) -> a function that copies to them and holds the owner, any
 // object that keeps the tensors alive: (10 sources or None, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
@@ -198,7 +242,7 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
                       read_size(args[kNumFields + 2], "max_seqlen_k"), read_size(args[kNumFields + 3], "seqlens_expanded_size")};
     (*copy)(args, kNumFields, sizes);
   };
-  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = to_python(replay);
 }
 
 // (owner, forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor,
@@ -232,62 +276,52 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
     for (int f = 0; f < kNumGenerated; ++f) dst[d].field[f] = read(of[1 + f], form_of(f), dst_name(f, d, num_dst));
   }
   GeneratePlan plan(mode, sizes, req_to_token, num_splits, tile_metadata, std::move(dst));
-  const auto generate = std::make_shared<const Generate>(std::move(plan), read.device());
+  const auto generate = std::make_shared<const Generate>(std::move(plan), read.device(), count_sms(read.device()));
   const auto replay = [generate, owner = ffi::Any(args[0])](ffi::PackedArgs args, ffi::Any*) {
     check_count(args, 4, "generate");
     Reader read(generate->device);
     (*generate)(read_batch(args, read));
   };
-  *result = ffi::Function::FromPacked([replay](ffi::PackedArgs args, ffi::Any* result) { checked(replay, args, result); });
+  *result = to_python(replay);
 }
 
-// (seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols, num_draft_tokens,
-// nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor): a draft extend's tensors, one after another in
-// the workspace: schedule [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages],
-// cache_seqlens [bs], cu_seqlens_k [bs + 1], seqlens_expanded [rows], nsa_cache_seqlens [rows], nsa_cu_seqlens_k
-// [rows + 1].
-void generate_draft_extend(ffi::PackedArgs args, ffi::Any*) {
-  check_count(args, 15, "generate_draft_extend");
+// (owner, req_to_token, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor) -> a
+// function that generates a draft extend's metadata and holds the owner, as copy_plan's: (seq_lens, req_pool_indices,
+// extend_lens or None, bs, workspace, rows, cols). The tensors lie one after another in the workspace: schedule
+// [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages], cache_seqlens [bs],
+// cu_seqlens_k [bs + 1], seqlens_expanded [rows], nsa_cache_seqlens [rows], nsa_cu_seqlens_k [rows + 1].
+void draft_extend_plan(ffi::PackedArgs args, ffi::Any* result) {
+  check_count(args, 9, "draft_extend_plan");
   Reader read;
-  const Batch batch = read_batch(args, read);
-  const View req_to_token = read(args[4], Form::kTable, {"req_to_token"});
-  const View workspace = read(args[5], Form::kVector, {"workspace"});
-  const int64_t rows = read_size(args[6], "rows"), cols = read_size(args[7], "cols");
-  const GenerateSizes sizes{batch.bs,
-                            rows,
-                            read_size(args[8], "num_draft_tokens"),
-                            read_size(args[9], "nsa_index_topk"),
-                            read_size(args[10], "page_size"),
-                            read_size(args[11], "segment_len"),
-                            read_size(args[12], "extra_last") != 0,
-                            read_size(args[14], "row_floor"),
+  const View req_to_token = read(args[1], Form::kTable, {"req_to_token"});
+  const GenerateSizes sizes{0,
+                            0,
+                            read_size(args[2], "num_draft_tokens"),
+                            read_size(args[3], "nsa_index_topk"),
+                            read_size(args[4], "page_size"),
+                            read_size(args[5], "segment_len"),
+                            read_size(args[6], "extra_last") != 0,
+                            read_size(args[8], "row_floor"),
                             {}};
-  const int64_t num_sms = read_size(args[13], "num_sms");
-  constexpr int64_t kMost = int64_t{1} << 30;  // so that no product of two is beyond 64 bits
-  for (const auto& [name, value] : {std::pair{"rows", rows}, {"cols", cols}, {"bs", batch.bs}, {"num_sms", num_sms}})
-    if (value < 1 || value > kMost) refuse(name, ": expected 1 to ", kMost, ", got ", value);
-  if (sizes.page_size < 1) refuse("page_size: expected 1 or more, got ", sizes.page_size);
-  const int64_t pages = (cols + sizes.page_size - 1) / sizes.page_size;
-
-  std::vector<GeneratePlan::Destination> dst(1);
-  int64_t used = 0;
-  const auto place = [&](int f, int64_t rows, int64_t cols) {
-    dst[0].field[f] = {true, workspace.data + used, rows, cols, cols};
-    used += rows * cols;
+  const int64_t num_sms = read_size(args[7], "num_sms");
+  check_workspace_size("num_sms", num_sms);
+  GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::vector<GeneratePlan::Destination>(1));  // checks the sizes
+  const auto replay = [=, device = read.device(), gpu_sms = count_sms(read.device()), owner = ffi::Any(args[0])](
+                          ffi::PackedArgs args, ffi::Any*) {
+    check_count(args, 7, "draft_extend");
+    Reader read(device);
+    const Batch batch = read_batch(args, read);
+    const View workspace = read(args[4], Form::kVector, {"workspace"});
+    GenerateSizes now = sizes;
+    now.bs = batch.bs;
+    now.rows = read_size(args[5], "rows");
+    auto dst = split_workspace(workspace, now, read_size(args[6], "cols"), num_sms);
+    GeneratePlan plan(Mode::kDraftExtend, now, req_to_token, {}, {}, std::move(dst));
+    if (!batch.extend_lens.given && now.rows > batch.bs * now.num_draft_tokens)
+      refuse("rows: expected bs * num_draft_tokens = ", batch.bs * now.num_draft_tokens, " without extend_lens, got ", now.rows);
+    Generate(std::move(plan), device, gpu_sms)(batch);
   };
-  if (sizes.segment_len) place(kSchedule, 1, 2 * (num_sms + 1));
-  place(kPageTable1, rows, cols);
-  place(kRealPageTable, rows, pages);
-  place(kCacheSeqlens, 1, batch.bs);
-  place(kCuSeqlensK, 1, batch.bs + 1);
-  place(kSeqlensExpanded, 1, rows);
-  place(kNsaCacheSeqlens, 1, rows);
-  place(kNsaCuSeqlensK, 1, rows + 1);
-  if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
-  GeneratePlan plan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::move(dst));  // by then the sizes are checked
-  if (!batch.extend_lens.given && rows > batch.bs * sizes.num_draft_tokens)
-    refuse("rows: expected bs * num_draft_tokens = ", batch.bs * sizes.num_draft_tokens, " without extend_lens, got ", rows);
-  Generate(std::move(plan), read.device())(batch);
+  *result = to_python(replay);
 }
 
 // The GPU architectures compiled in, such as "sm_90 compute_80"; empty without CUDA.
@@ -314,5 +348,5 @@ NSA_FUSED_EXPORT_PACKED(fused_metadata_copy)
 NSA_FUSED_EXPORT_PACKED(fused_metadata_copy_multi)
 NSA_FUSED_EXPORT_PACKED(copy_plan)
 NSA_FUSED_EXPORT_PACKED(generate_plan)
-NSA_FUSED_EXPORT_PACKED(generate_draft_extend)
+NSA_FUSED_EXPORT_PACKED(draft_extend_plan)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_archs, nsa_fused::cuda_archs)

@@ -1,10 +1,8 @@
 // What both operations check of their arguments. No binding's types: tvm-ffi's and torch's forms share it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace nsa_fused {
 
@@ -82,47 +80,5 @@ inline bool overlap(const View& a, const View& b) {
   }
   return false;
 }
-
-// The tensors that a launch writes, each once.
-class Written {
- public:
-  struct Tensor {
-    View view;
-    int f, d;              // field and destination
-    const int32_t* reach;  // the highest end of this one and of all that begin before it
-  };
-
-  void add(const View& view, int f, int d) { tensors_.push_back({view, f, d, nullptr}); }
-
-  // Sorts by address; to be called once, after the last add; of equal addresses the later one is named. name: (f, d) -> Name.
-  template <typename NameOf>
-  void check_apart(const NameOf& name) {
-    std::stable_sort(tensors_.begin(), tensors_.end(),
-                     [](const Tensor& a, const Tensor& b) { return a.view.begin() < b.view.begin(); });
-    const int32_t* reach = nullptr;
-    for (auto w = tensors_.begin(); w != tensors_.end(); ++w) {
-      for (auto v = w; v != tensors_.begin() && (--v)->reach > w->view.begin();)
-        if (overlap(v->view, w->view))
-          refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps ", name(v->f, v->d));
-      w->reach = reach = std::max(reach, w->view.end());
-    }
-  }
-
-  // The first tensor that a source shares an element with and may not; null: none. may_share: (Tensor) -> bool.
-  template <typename MayShare>
-  const Tensor* conflict(const View& src, const MayShare& may_share) const {
-    auto w = std::lower_bound(tensors_.begin(), tensors_.end(), src.end(),
-                              [](const Tensor& a, const int32_t* end) { return a.view.begin() < end; });
-    while (w != tensors_.begin() && (--w)->reach > src.begin())
-      if (!may_share(*w) && overlap(src, w->view)) return &*w;
-    return nullptr;
-  }
-
-  auto begin() const { return tensors_.begin(); }
-  auto end() const { return tensors_.end(); }
-
- private:
-  std::vector<Tensor> tensors_;
-};
 
 }  // namespace nsa_fused

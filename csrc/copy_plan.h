@@ -29,16 +29,15 @@ inline Mode to_mode(int64_t mode) {
 class CopyPlan {
  public:
   // dst: num_dst x kNumFields. What the mode does not write is not looked at.
-  CopyPlan(Mode mode, const View* dst, int num_dst) : mode_(mode), num_dst_(num_dst) {
-    if (num_dst < 1 || num_dst > kMaxDestinations) refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", num_dst);
+  CopyPlan(Mode mode, const View* dst, int num_dst) : mode_(mode), written_(num_dst) {
     for (int d = 0; d < num_dst; ++d)
       for (int f = 0; f < kNumFields; ++f)
         if (is_written(f, mode)) add(dst[d * kNumFields + f], f, d);
-    written_.check_apart([this](int f, int d) { return name(f, d); });
+    written_.check_apart();
   }
 
   Mode mode() const { return mode_; }
-  int num_dst() const { return num_dst_; }
+  int num_dst() const { return written_.num_dst(); }
 
   void check(const Sizes& s) const {
     const bool decode = mode_ == Mode::kDecode;
@@ -84,7 +83,7 @@ class CopyPlan {
   }
 
  private:
-  Name name(int f, int d) const { return dst_name(f, d, num_dst_); }
+  Name name(int f, int d) const { return written_.name(f, d); }
 
   void add(const View& view, int f, int d) {
     if (!view.given && !is_optional(f)) refuse(name(f, d), ": expected an int32 tensor, got None");
@@ -93,9 +92,7 @@ class CopyPlan {
              view.given ? "a tensor" : "None");
     check_rows_apart(view, name(f, d));
     dst_[f][d] = view;
-    // Step backends may share a tensor, as upstream's cache_seqlens up to 0.5.13: it is written once.
-    const auto same = [&](const View& earlier) { return earlier.same_memory(view); };
-    if (view.given && std::none_of(dst_[f], dst_[f] + d, same)) written_.add(view, f, d);
+    if (view.given) written_.add(view, f, d, [f](const Written::Tensor& earlier) { return earlier.f == f; });
   }
 
   // The shape that moves; element 0 of cumulative lengths counts.
@@ -120,17 +117,15 @@ class CopyPlan {
     if (!src.given) refuse(src_name(f), ": expected an int32 tensor as its destination is given, got None");
     if (!dst_[f][0].given) refuse(Name{kDstName[f]}, ": expected an int32 tensor as its source is given, got None");
     check_fits(src, need, form_of(f), src_name(f));
-    for (int d = 0; d < num_dst_; ++d) check_fits(dst_[f][d], need, form_of(f), name(f, d));
+    for (int d = 0; d < num_dst(); ++d) check_fits(dst_[f][d], need, form_of(f), name(f, d));
     // A source may be its own destination (upstream's cache_seqlens is), and nothing else that is written.
     const auto itself = [&](const Written::Tensor& w) {
       return w.f == f && w.view.data == src.data && (need.rows <= 1 || w.view.pitch == src.pitch);
     };
-    if (const auto* w = written_.conflict(src, itself))
-      refuse(src_name(f), ": expected memory that is not written, but it overlaps ", name(w->f, w->d));
+    written_.check_source(src, src_name(f), itself);
   }
 
   Mode mode_;
-  int num_dst_;
   View dst_[kNumFields][kMaxDestinations];
   Written written_;
 };

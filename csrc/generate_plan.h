@@ -44,22 +44,19 @@ class GeneratePlan {
   GeneratePlan(Mode mode, const GenerateSizes& sizes, const View& req_to_token, const View& num_splits, const View& tile_metadata,
                std::vector<Destination> dst)
       : mode_(mode), sizes_(sizes), req_to_token_(req_to_token), num_splits_(num_splits), tile_metadata_(tile_metadata),
-        dst_(std::move(dst)) {
-    if (dst_.empty() || dst_.size() > kMaxDestinations)
-      refuse("destinations: expected 1 to ", kMaxDestinations, ", got ", static_cast<int64_t>(dst_.size()));
+        dst_(std::move(dst)), written_(dst_.size()) {
     check_sizes();
     for (size_t d = 0; d < dst_.size(); ++d)
       for (int f = 0; f < kNumGenerated; ++f)
         if (dst_[d].field[f].given) add(f, d);
-    written_.check_apart([this](int f, int d) { return name(f, d); });
-    const std::pair<const char*, const View*> sources[] = {
-        {"req_to_token", &req_to_token_}, {"flashmla_num_splits", &num_splits_}, {"flashmla_metadata", &tile_metadata_}};
-    for (const auto& [source, view] : sources)
-      if (const auto* w = view->given ? written_.conflict(*view, [](auto&) { return false; }) : nullptr)
-        refuse(name(w->f, w->d), ": expected memory of its own, but it overlaps the source ", source);
+    written_.check_apart();
+    for (const auto& [source, view] : {std::pair{"req_to_token", &req_to_token_},
+                                       {"flashmla_num_splits", &num_splits_},
+                                       {"flashmla_metadata", &tile_metadata_}})
+      if (view->given) written_.check_source(*view, {source}, [](auto&) { return false; });
   }
 
-  int num_dst() const { return dst_.size(); }
+  int num_dst() const { return written_.num_dst(); }
 
   void check(const Batch& batch) const {
     if (batch.bs < 0 || batch.bs > sizes_.bs) refuse("bs: expected 0 to the captured ", sizes_.bs, ", got ", batch.bs);
@@ -125,7 +122,7 @@ class GeneratePlan {
   }
 
  private:
-  Name name(int f, int d) const { return dst_name(f, d, num_dst()); }
+  Name name(int f, int d) const { return written_.name(f, d); }
   int64_t rows_per_request() const { return mode_ == Mode::kDecode ? 1 : sizes_.num_draft_tokens; }
 
   void check_sizes() const {
@@ -166,13 +163,8 @@ class GeneratePlan {
       refuse("segment_len: expected the tokens of a schedule's segment as ", name(f, d), " is given, got 0");
     if (f == kTopkPlan && sizes_.topk_buckets.size == 0)
       refuse("topk_buckets: expected thresholds as ", name(f, d), " is given, got none");
-    // What step backends share is written once; so is what decode has under several names.
-    for (int e = 0; e <= d; ++e)
-      for (int g = 0; g < kNumGenerated; ++g) {
-        if (e == d && g == f) break;
-        if (dst_[e].field[g].given && dst_[e].field[g].same_memory(view) && same_values(f, d, g, e)) return;
-      }
-    written_.add(view, f, d);
+    // So is what decode has under several names.
+    written_.add(view, f, d, [&](const Written::Tensor& earlier) { return same_values(f, d, earlier.f, earlier.d); });
   }
 
   View need(int f, int d) const {
@@ -213,8 +205,7 @@ class GeneratePlan {
       return may_be_captured && w.f == kCacheSeqlens && w.view.data == source.view.data && !source.is_64 &&
              mode_ != Mode::kTargetVerify && dst_[w.d].len_offset == 0 && source.view.data != nullptr;
     };
-    if (const auto* w = written_.conflict(source.words(), itself))
-      refuse(name, ": expected memory that is not written, but it overlaps ", this->name(w->f, w->d));
+    written_.check_source(source.words(), {name}, itself);
   }
 
   Mode mode_;

@@ -1,13 +1,15 @@
 """Metadata of a draft extend that runs without a graph: built each step, from one allocation and one launch."""
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
 from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine, workspace_sizes
-from sglang_nsa_fused.planners import NO_FORM, Planners
+from sglang_nsa_fused.plan import Values
+from sglang_nsa_fused.planners import NO_FORM, Planners, ScheduleForm
 from sglang_nsa_fused.releases import Release
 from sglang_nsa_fused.replay import mode_of
 
@@ -32,17 +34,19 @@ class DraftExtend:
         )
 
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
-        assert engine.generate_draft_extend is not None  # with another engine upstream makes it
-        self._backend, self._planners, self._generate = backend, planners, engine.generate_draft_extend
+        assert engine.draft_extend_plan is not None  # with another engine upstream makes it
+        self._backend, self._planners, self._make_plan = backend, planners, engine.draft_extend_plan
         self._page_size = getattr(backend, release.page_size)
         self._draft_tokens = getattr(backend, release.draft_tokens)
-        self._sizes = self._draft_tokens, getattr(backend, release.index_topk), self._page_size
         self._req_to_token = getattr(backend, release.req_to_token)
         self._flashmla = getattr(backend, release.decode_impl) == "flashmla_kv"
         try:
             self._num_sms = planners.num_sms() if module.is_cuda() else 0  # 0: no schedule
         except ImportError:  # without deep_gemm upstream has none
             self._num_sms = 0
+        topk = getattr(backend, release.index_topk)
+        self._values = Values(self._req_to_token, 0, 0, self._draft_tokens, topk, self._page_size, row_floor=release.floor)
+        self._plans = {NO_FORM: self._plan(NO_FORM)}  # here, where what does not fit leaves it to upstream
         self._aranges: dict[int, torch.Tensor] = {}
         getattr(backend, release.set_prefill_impl)(forward_batch=None)
         self._state = {name: getattr(backend, name) for name in release.prefill_impl_state}
@@ -56,8 +60,11 @@ class DraftExtend:
         self._of_batch = [(name, of) for name, of in of_batch.items() if name in self._same]
         self._lens_2d = release.captured_lens_2d
         self._build_plan = getattr(backend, release.build_topk_v2_plan) if release.build_topk_v2_plan else None
-        self._floor, self._v2_schedule = release.floor, release.v2_schedule
+        self._v2_schedule = release.v2_schedule
         self._topk_v2_plan = release.topk_v2_plan
+
+    def _plan(self, form: ScheduleForm) -> Callable:
+        return self._make_plan(self._values._replace(**form._asdict()), max(self._num_sms, 1))
 
     def __call__(self, forward_batch):
         """In v2 all requests have num_draft_tokens rows, else upstream takes the batch, in v1 as many as were accepted."""
@@ -74,19 +81,17 @@ class DraftExtend:
         schedule_size = 0 if form is NO_FORM else 2 * (self._num_sms + 1)
         sizes = workspace_sizes(bs, rows, cols, pages, schedule_size)
         workspace = torch.empty(sum(sizes), dtype=torch.int32, device=self._req_to_token.device)
-        self._generate(
+        generate = self._plans.get(form)
+        if generate is None:
+            generate = self._plans[form] = self._plan(form)
+        generate(
             forward_batch.seq_lens,
             forward_batch.req_pool_indices,
             None if is_v2 else forward_batch.extend_seq_lens,
             bs,
-            self._req_to_token,
             workspace,
             rows,
             cols,
-            *self._sizes,
-            *form,
-            max(self._num_sms, 1),
-            self._floor,
         )
         planned, table, real_table, cache_lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split_with_sizes(sizes)
         flashmla = self._planners.flashmla_for(self._backend, nsa_lens) if self._flashmla else None

@@ -147,7 +147,7 @@ class Hooks:
         release = self.release
         sharded = release.kv_shard_pool is not None and getattr(backend, release.kv_shard_pool) is not None
         paged = getattr(backend, release.page_size) > 1
-        if engine.generate_draft_extend is None or not paged:
+        if engine.draft_extend_plan is None or not paged:
             return None
         try:
             if sharded or self.is_pooled(backend):

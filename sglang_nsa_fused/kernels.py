@@ -21,7 +21,8 @@ class Engine(NamedTuple):
     reason: str = ""  # why nothing better was chosen
     # (mode, Values, destinations) -> function of seq_lens, req_pool_indices, extend_lens, bs; None: it only copies
     generate_plan: Optional[Callable] = None
-    generate_draft_extend: Optional[Callable] = None  # see `_native_draft_extend`; None: it only copies
+    # (Values, num_sms) -> function of a draft extend, see `_native_draft_extend_plan`; None: it only copies
+    draft_extend_plan: Optional[Callable] = None
 
 
 LIBRARY = Path(__file__).with_name("libnsa_fused.so")
@@ -175,15 +176,18 @@ def workspace_sizes(bs: int, rows: int, cols: int, pages: int, schedule: int) ->
     return schedule, rows * cols, rows * pages, bs, bs + 1, rows, rows, rows + 1
 
 
-@functools.lru_cache(None)
-def _native_draft_extend() -> Callable:
-    """A function of seq_lens, req_pool_indices, extend_lens or None, bs, req_to_token, workspace, rows, cols,
-    num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor that writes a draft extend's
+def _native_draft_extend_plan(values, num_sms: int) -> Callable:
+    """A function of seq_lens, req_pool_indices, extend_lens or None, bs, workspace, rows, cols that writes a draft extend's
     metadata.
 
-    workspace: int32, all of `workspace_sizes` one after another. Raises as `ReplayPlan.generate`.
+    values: bs and rows are those of each call, and not read here. num_sms: of the schedule.
+    workspace: int32, all of `workspace_sizes` one after another. Both raise as `ReplayPlan` and its `generate`.
     """
-    generate = library().generate_draft_extend
+    generate = library().draft_extend_plan(
+        _owner(values),
+        *(values.req_to_token, values.num_draft_tokens, values.nsa_index_topk, values.page_size),
+        *(values.segment_len, values.extra_last, num_sms, values.row_floor),
+    )
     generate.release_gil = False
     return generate
 
@@ -222,6 +226,6 @@ def select(device_type: str) -> Engine:
             reasons.append(f"{name}: {error}")
         else:
             if name == "native":
-                return Engine(name, copy_plan, "", _native_generate_plan, _native_draft_extend())
+                return Engine(name, copy_plan, "", _native_generate_plan, _native_draft_extend_plan)
             return Engine(name, copy_plan, "; ".join(reasons))
     return Engine("none", reason="; ".join(reasons))

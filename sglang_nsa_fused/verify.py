@@ -25,27 +25,30 @@ def verified(engine: Engine) -> Engine:
         assert engine.generate_plan is not None
         return _compared(engine.generate_plan(mode, values, destinations), _generation(values), mode, destinations)
 
-    def generate_draft_extend(seq_lens, req_pool_indices, extend_lens, bs, req_to_token, workspace, rows, cols, *sizes):
-        draft_tokens, topk, page_size, segment_len, extra_last, num_sms, row_floor = sizes
-        pages = (cols + page_size - 1) // page_size
-        parts = workspace_sizes(bs, rows, cols, pages, 2 * (num_sms + 1) if segment_len else 0)
-        planned, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = torch.split_with_sizes(workspace, parts)
-        schedule = planned.view(-1, 2) if segment_len else None
-        table, real_table = table.view(rows, cols), real_table.view(rows, pages)
-        destination = Destination(lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, paged_mqa_schedule=schedule)
-        values = Values(req_to_token, bs, rows, draft_tokens, topk, page_size, segment_len, extra_last, row_floor=row_floor)
+    def draft_extend_plan(values: Values, num_sms: int) -> Callable:
+        assert engine.draft_extend_plan is not None
+        generate = engine.draft_extend_plan(values, num_sms)
 
-        def generate(*batch) -> None:
-            assert engine.generate_draft_extend is not None
-            engine.generate_draft_extend(*batch, req_to_token, workspace, rows, cols, *sizes)
+        def refresh(seq_lens, req_pool_indices, extend_lens, bs, workspace, rows, cols) -> None:
+            pages = (cols + values.page_size - 1) // values.page_size
+            parts = workspace_sizes(bs, rows, cols, pages, 2 * (num_sms + 1) if values.segment_len else 0)
+            planned, table, real_table, lens, cu_lens, expanded, nsa_lens, nsa_cu_lens = workspace.split_with_sizes(parts)
+            schedule = planned.view(-1, 2) if values.segment_len else None
+            table, real_table = table.view(rows, cols), real_table.view(rows, pages)
+            destination = Destination(lens, cu_lens, table, nsa_lens, expanded, nsa_cu_lens, real_table, None, None, schedule)
 
-        compared = _compared(generate, _generation(values), reference.DRAFT_EXTEND, [destination])
-        compared(seq_lens, req_pool_indices, extend_lens, bs)
+            def run(*batch) -> None:
+                generate(*batch, workspace, rows, cols)
+
+            of_batch = _generation(values._replace(bs=bs, rows=rows))
+            _compared(run, of_batch, reference.DRAFT_EXTEND, [destination])(seq_lens, req_pool_indices, extend_lens, bs)
+
+        return refresh
 
     return engine._replace(
         copy_plan=copy_plan if engine.copy_plan else None,
         generate_plan=generate_plan if engine.generate_plan else None,
-        generate_draft_extend=generate_draft_extend if engine.generate_draft_extend else None,
+        draft_extend_plan=draft_extend_plan if engine.draft_extend_plan else None,
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_nsa_fused import planners
 from sglang_nsa_fused.kernels import select
-from sglang_nsa_fused.plan import ReplayPlan
+from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
 
 
@@ -319,6 +319,16 @@ def test_the_callable_keeps_alive_what_it_points_to(device):
     assert all(tensor() is not None for tensor in alive)
     del generate
     assert not any(tensor() is not None for tensor in alive)
+
+
+def test_the_plan_of_a_draft_extend_keeps_alive_what_it_points_to(device):
+    pool = torch.zeros(4, 9, dtype=torch.int32, device=device)
+    alive = weakref.ref(pool)
+    generate = select(device).draft_extend_plan(Values(pool, 0, 0, 2, 64, 64), 1)
+    del pool
+    assert alive() is not None
+    del generate
+    assert alive() is None
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

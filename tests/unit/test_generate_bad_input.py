@@ -86,7 +86,7 @@ AT_CAPTURE = [
         DECODE,
         destination("page_table_1", lambda t, c: c.values.req_to_token[:3]),
         ValueError,
-        "page_table_1_dst: .* overlaps the source req_to_token",
+        "req_to_token: expected memory that is not written, but it overlaps page_table_1_dst",
     ),
     (DECODE, value("num_splits", None), ValueError, "flashmla_num_splits_dst: expected None as its source is None"),
     (DECODE, value("segment_len", 0), ValueError, "segment_len: expected the tokens of a schedule's segment"),
@@ -201,39 +201,40 @@ def test_int64_lengths_in_captured_memory(device, first):
     assert not buffer.any()
 
 
-GOOD = dict(rows=12, cols=300, draft_tokens=4, topk=2048, page_size=64, segment_len=0, extra_last=False, num_sms=1, row_floor=0)
+def draft_extend(device, num_sms=1, rows=12, cols=300, accepted=True, workspace=lambda t: t, **values):
+    """A draft extend of 12 rows and 300 columns, spoilt, which must leave its workspace alone."""
+    case = make(device, DRAFT_EXTEND, accepted=accepted)
+    space = torch.full((sum(workspace_sizes(3, 12, 300, 5, 0)),), -7, dtype=torch.int32, device=device)
+    try:
+        plan = select(device).draft_extend_plan(case.values._replace(**{"segment_len": 0} | values), num_sms)
+        plan(*case.batch, workspace(space), rows, cols)
+    finally:
+        assert bool((space == -7).all())
 
 
 @pytest.mark.parametrize(
-    "change, text",
+    "change, error, text",
     [
-        ({"rows": 0}, "rows: expected 1 to 1073741824, got 0"),
-        ({"cols": 2**62}, "cols: expected 1 to 1073741824, got 4611686018427387904"),
-        ({"num_sms": 2**62}, "num_sms: expected 1 to 1073741824, got"),
-        ({"page_size": 0}, "page_size: expected 1 or more, got 0"),
-        ({"cols": 299}, "workspace: expected 3692 elements for these sizes, got 3704"),
-        ({"segment_len": 256}, "workspace: expected 3708 elements for these sizes, got 3704"),
+        ({"rows": 0}, ValueError, "rows: expected 1 to 1073741824, got 0"),
+        ({"cols": 2**62}, ValueError, "cols: expected 1 to 1073741824, got 4611686018427387904"),
+        ({"num_sms": 2**62}, ValueError, "num_sms: expected 1 to 1073741824, got"),
+        ({"page_size": 0}, ValueError, "page_size: expected a power of two up to 1048576, got 0"),
+        ({"req_to_token": None}, ValueError, "req_to_token: expected an int32 tensor, got None"),
+        ({"cols": 299}, ValueError, "workspace: expected 3692 elements for these sizes, got 3704"),
+        ({"segment_len": 256}, ValueError, "workspace: expected 3708 elements for these sizes, got 3704"),
+        ({"workspace": lambda t: None}, ValueError, "workspace: expected an int32 tensor, got None"),
+        ({"workspace": lambda t: t.long()}, TypeError, "workspace: expected dtype int32, got int64"),
+        # Nobody would write the thirteenth.
+        (
+            {"rows": 13, "accepted": False, "workspace": lambda t: t.new_full((13 * 308 + 8,), -7)},
+            ValueError,
+            r"rows: expected bs \* num_draft_tokens = 12 without extend_lens, got 13",
+        ),
     ],
 )
-def test_sizes_of_a_draft_extend_without_a_graph(device, change, text):
-    case = make(device, DRAFT_EXTEND)
-    *batch, bs = case.batch
-    generate, sizes = select(device).generate_draft_extend, workspace_sizes(bs, 12, 300, 5, 0)
-    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=text):
-        generate(*batch, bs, case.values.req_to_token, workspace, *(GOOD | change).values())
-    assert bool((workspace == -7).all())
-
-
-def test_more_rows_than_equal_shares_of_a_draft_extend_without_a_graph(device):
-    """Nobody would write the thirteenth."""
-    case = make(device, DRAFT_EXTEND, accepted=False)
-    *batch, bs = case.batch
-    generate, sizes = select(device).generate_draft_extend, workspace_sizes(bs, 13, 300, 5, 0)
-    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=r"rows: expected bs \* num_draft_tokens = 12 without extend_lens, got 13"):
-        generate(*batch, bs, case.values.req_to_token, workspace, *(GOOD | {"rows": 13}).values())
-    assert bool((workspace == -7).all())
+def test_a_draft_extend_without_a_graph(device, change, error, text):
+    with pytest.raises(error, match=text):
+        draft_extend(device, **change)
 
 
 def test_too_few_rows_for_equal_shares(device):

@@ -58,6 +58,19 @@ def test_lengths_that_are_their_own_destination(device):
     assert torch.equal(lengths, before)
 
 
+@pytest.mark.parametrize("segment_len", [0, 256])
+def test_draft_extends_without_a_graph(device, segment_len):
+    case = generated.make(device, reference.DRAFT_EXTEND, segment_len=segment_len)
+    native, num_sms, cols = kernels.select(device), 5, 300
+    rows = int(case.batch[2].sum())
+    sizes = kernels.workspace_sizes(case.batch[3], rows, cols, 5, 2 * (num_sms + 1) if segment_len else 0)
+    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
+    verified(native).draft_extend_plan(case.values, num_sms)(*case.batch, workspace, rows, cols)
+    engine = native._replace(draft_extend_plan=lambda *args: broken(native.draft_extend_plan(*args), workspace))
+    with pytest.raises(RuntimeError, match="nsa_cu_seqlens_k of step backend 0 differs from the reference in 1 of"):
+        verified(engine).draft_extend_plan(case.values, num_sms)(*case.batch, workspace, rows, cols)
+
+
 def test_an_engine_that_only_copies_stays_one(device):
     engine = verified(kernels.Engine("sgl_kernel", kernels._native_plan))
-    assert engine.generate_plan is None and engine.generate_draft_extend is None
+    assert engine.generate_plan is None and engine.draft_extend_plan is None
