@@ -16,7 +16,7 @@ import torch
 
 from sglang_nsa_fused import planners
 from sglang_nsa_fused.releases import Release
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused.tools import stand_ins, torch_forms
 
 
 def import_upstream(release: Release, device: str) -> types.ModuleType:
@@ -52,7 +52,7 @@ def step_backend(cls: type, release: Release, device: str, req_to_token: torch.T
     if hasattr(backend, "_init_kpool_metadata_fusion"):  # sets the metadata generators
         backend._init_kpool_metadata_fusion()
     if flashmla and device == "cpu":
-        backend._compute_flashmla_metadata = stand_ins.flashmla_metadata(module)
+        backend._compute_flashmla_metadata = torch_forms.flashmla_metadata(module)
     return backend
 
 

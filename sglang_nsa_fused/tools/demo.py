@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_nsa_fused import backends, kernels, plugin
 from sglang_nsa_fused.settings import Settings
-from sglang_nsa_fused.tools import bare, stand_ins
+from sglang_nsa_fused.tools import bare, torch_forms
 
 # Views and allocations move no data; they cost host time, which is measured, and no operation.
 _NO_DATA = (
@@ -139,10 +139,10 @@ class Side:
     operations: int = 0
 
     def run(self, refresh: Callable, device: str) -> None:
-        start, spent = time.perf_counter_ns(), stand_ins.Kernels.spent
+        start, spent = time.perf_counter_ns(), torch_forms.Kernels.spent
         refresh()
         # Without what stands in for a GPU's kernels on a CPU.
-        self.host_us.append((time.perf_counter_ns() - start - (stand_ins.Kernels.spent - spent)) / 1e3)
+        self.host_us.append((time.perf_counter_ns() - start - (torch_forms.Kernels.spent - spent)) / 1e3)
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -3,7 +3,7 @@ import torch
 from upstream import Upstream
 
 from sglang_nsa_fused import planners
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused.tools import torch_forms
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def device() -> str:
 @pytest.fixture
 def upstream(device, monkeypatch):
     if device == "cpu":  # with thresholds that the lengths of these tests reach
-        monkeypatch.setattr(stand_ins, "TOPK_BUCKETS", ((63, 0), (64, 2), (1000, 3), (2048, 1)))
-        monkeypatch.setattr(planners, "TOPK_BUCKETS", (*planners.TOPK_BUCKETS, stand_ins.TOPK_BUCKETS))
+        monkeypatch.setattr(torch_forms, "TOPK_BUCKETS", ((63, 0), (64, 2), (1000, 3), (2048, 1)))
+        monkeypatch.setattr(planners, "TOPK_BUCKETS", (*planners.TOPK_BUCKETS, torch_forms.TOPK_BUCKETS))
     upstream = Upstream(device)
     with upstream.gpu():
         yield upstream
