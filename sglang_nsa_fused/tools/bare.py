@@ -239,26 +239,6 @@ def draft_extend_batch(
     )
 
 
-def requests(steps: int, most: int, longest: int, seed: int = 0):
-    """Yields (slots, lengths) step by step: requests join, grow by accepted tokens, and leave.
-
-    Slots run from 1 (0 is for padding) to 2 * most; lengths stay from 1 to `longest`.
-    """
-    import random
-
-    draw = random.Random(seed)
-    running: dict[int, int] = {}
-    for _ in range(steps):
-        for slot in [slot for slot in running if draw.random() < 0.1]:
-            del running[slot]
-        for slot in running:
-            running[slot] = min(longest, running[slot] + draw.randint(1, 5))
-        while len(running) < most and (not running or draw.random() < 0.4):
-            slot = draw.choice([slot for slot in range(1, 2 * most + 1) if slot not in running])
-            running[slot] = draw.choice([1, 63, 64, 65, 2047, 2048, 2049, draw.randint(1, longest)]) % longest + 1
-        yield list(running), list(running.values())
-
-
 def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the captured graph reads, by name: whole vectors, and the live prefix of each row of the tables.
 
