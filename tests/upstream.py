@@ -7,7 +7,7 @@ import torch
 
 from sglang_nsa_fused import backends, planners, plugin
 from sglang_nsa_fused.settings import Settings
-from sglang_nsa_fused.tools import bare
+from sglang_nsa_fused.tools import bare, refresh
 
 SETTINGS = Settings(enabled=True, required=False, allowlist=None)
 WIDE = dataclasses.replace(SETTINGS, keep_wide_table=True)
@@ -49,7 +49,7 @@ class Upstream:
 
 def batches(count=40):
     """Requests as a server has them: (slots, lengths, the captured batch size)."""
-    for slots, lengths in bare.requests(count, most=CAPTURE_BS[-1], longest=LONGEST):
+    for slots, lengths in refresh.requests(count, most=CAPTURE_BS[-1], longest=LONGEST):
         yield slots, lengths, next(size for size in CAPTURE_BS if size >= len(slots))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from sglang_nsa_fused import planners
 from sglang_nsa_fused.releases import Release
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused.tools import stand_ins, torch_forms
 
 
 def import_upstream(release: Release, device: str) -> types.ModuleType:
@@ -52,7 +52,7 @@ def step_backend(cls: type, release: Release, device: str, req_to_token: torch.T
     if hasattr(backend, "_init_kpool_metadata_fusion"):  # sets the metadata generators
         backend._init_kpool_metadata_fusion()
     if flashmla and device == "cpu":
-        backend._compute_flashmla_metadata = stand_ins.flashmla_metadata(module)
+        backend._compute_flashmla_metadata = torch_forms.flashmla_metadata(module)
     return backend
 
 
@@ -237,26 +237,6 @@ def draft_extend_batch(
         global_num_tokens_cpu=None,
         spec_info=None,
     )
-
-
-def requests(steps: int, most: int, longest: int, seed: int = 0):
-    """Yields (slots, lengths) step by step: requests join, grow by accepted tokens, and leave.
-
-    Slots run from 1 (0 is for padding) to 2 * most; lengths stay from 1 to `longest`.
-    """
-    import random
-
-    draw = random.Random(seed)
-    running: dict[int, int] = {}
-    for _ in range(steps):
-        for slot in [slot for slot in running if draw.random() < 0.1]:
-            del running[slot]
-        for slot in running:
-            running[slot] = min(longest, running[slot] + draw.randint(1, 5))
-        while len(running) < most and (not running or draw.random() < 0.4):
-            slot = draw.choice([slot for slot in range(1, 2 * most + 1) if slot not in running])
-            running[slot] = draw.choice([1, 63, 64, 65, 2047, 2048, 2049, draw.randint(1, longest)]) % longest + 1
-        yield list(running), list(running.values())
 
 
 def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:

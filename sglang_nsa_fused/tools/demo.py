@@ -1,9 +1,9 @@
 """The plugin's main job without a model and without a server: upstream's real classes, plugin off and on."""
 
+import contextlib
+import io
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
@@ -13,9 +13,9 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_nsa_fused import backends, kernels, plugin
-from sglang_nsa_fused.settings import Settings
-from sglang_nsa_fused.tools import bare, stand_ins
+from sglang_nsa_fused import kernels
+from sglang_nsa_fused.tools import bare, refresh, torch_forms
+from sglang_nsa_fused.tools.bench.record import SIDES
 
 # Views and allocations move no data; they cost host time, which is measured, and no operation.
 _NO_DATA = (
@@ -45,159 +45,93 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class Setting:
-    """What all three refreshes share."""
-
-    release: object
-    module: object
-    classes: dict[str, tuple[type, type]]  # side -> step backend, multi-step backend
-    device: str
-    pool: torch.Tensor
-    draft_steps: int
-    capture_bs: list[int]
-    flashmla: bool
-
-    @property
-    def draft_tokens(self) -> int:
-        return self.draft_steps + 1
+REFRESHES = {"draft steps": refresh.DRAFT, "target verify": refresh.VERIFY, "draft extend": refresh.EXTEND}
 
 
-# Of one side: (slots, lengths, bs) -> (a refresh to run, then each metadata to compare, the live tokens of its rows, and
-# the fields that upstream leaves stale).
-Refresh = Callable[[list[int], list[int], int], tuple[Callable[[], None], Callable[[], Iterator]]]
-
-
-def draft(setting: Setting, side: str) -> Refresh:
-    args = (setting.release, setting.device, setting.pool, setting.draft_steps, setting.capture_bs, setting.flashmla)
-    multi = bare.multi_step_backend(setting.classes[side], *args)
-
-    def prepare(slots, lengths, bs):
-        batch = bare.forward_batch(multi, slots, lengths, bs)
-        live = lengths + [1] * (bs - len(lengths))
-
-        def stale(number: int) -> tuple[str, ...]:
-            """Above three draft steps upstream forgets the plans of step backends 0-2, in some releases all schedules."""
-            if setting.draft_steps > 3 and number < 3:
-                return "paged_mqa_schedule_metadata", "topk_v2_plan"
-            return () if setting.release.draft_schedule else ("paged_mqa_schedule_metadata",)
-
-        return lambda: bare.replay(multi, batch), lambda: (
-            (backend.decode_cuda_graph_metadata[bs], live, stale(number)) for number, backend in enumerate(multi.attn_backends)
-        )
-
-    return prepare
-
-
-def verify(setting: Setting, side: str) -> Refresh:
-    backend = bare.graph_backend(
-        setting.classes[side][0],
-        setting.module,
-        setting.release,
-        setting.device,
-        setting.pool,
-        setting.draft_tokens,
-        "TARGET_VERIFY",
-        setting.capture_bs,
-        setting.flashmla,
-    )
-
-    def prepare(slots, lengths, bs):
-        batch = bare.graph_batch(backend, setting.module, "TARGET_VERIFY", slots, lengths, bs)
-        padded = lengths + [1] * (bs - len(lengths))
-        live = [length + 1 + row for length in padded for row in range(setting.draft_tokens)]
-        return lambda: bare.replay_graph(backend, batch), lambda: (
-            (metadata, live, ()) for metadata in [backend.forward_metadata]
-        )
-
-    return prepare
-
-
-def extend(setting: Setting, side: str) -> Refresh:
-    backend = bare.step_backend(
-        setting.classes[side][0], setting.release, setting.device, setting.pool, setting.draft_tokens, setting.flashmla
-    )
-
-    def prepare(slots, lengths, bs):
-        grown = [length + setting.draft_tokens for length in lengths]
-        batch = bare.draft_extend_batch(backend, setting.module, "DRAFT_EXTEND_V2", slots, grown)
-        live = [length + 1 + row for length in lengths for row in range(setting.draft_tokens)]
-        return lambda: backend.init_forward_metadata(batch), lambda: (
-            (metadata, live, ()) for metadata in [backend.forward_metadata]
-        )
-
-    return prepare
-
-
-REFRESHES = {"draft steps": draft, "target verify": verify, "draft extend": extend}
-
-
-@dataclass
 class Side:
-    prepare: Refresh
-    host_us: list[float] = field(default_factory=list)
-    operations: int = 0
+    """One refresh of one side; a draft extend without a graph, as in every release it may be."""
 
-    def run(self, refresh: Callable, device: str) -> None:
-        start, spent = time.perf_counter_ns(), stand_ins.Kernels.spent
-        refresh()
+    def __init__(self, classes: refresh.Classes, side: str, kind: str, pool, draft_steps: int, capture_bs: list[int], fp8: bool):
+        self.classes, self.kind, self.draft_steps, self.graph = classes, kind, draft_steps, kind != refresh.EXTEND
+        self.backend = classes.backend(side, kind, self.graph, pool, draft_steps, capture_bs, fp8)
+        self.host_us: list[float] = []
+
+    def prepare(self, slots: list[int], lengths: list[int], bs: int) -> Callable[[], None]:
+        once = self.classes.refresh(self.backend, self.kind, self.graph, slots, lengths, bs)
+        if self.classes.device == "cuda":
+            return once
+
+        def quietly():
+            with contextlib.redirect_stdout(io.StringIO()):  # upstream prints on every fallback, which is each call here
+                once()
+
+        return quietly
+
+    def run(self, once: Callable) -> None:
+        start, spent = time.perf_counter_ns(), torch_forms.Kernels.spent
+        once()
         # Without what stands in for a GPU's kernels on a CPU.
-        self.host_us.append((time.perf_counter_ns() - start - (stand_ins.Kernels.spent - spent)) / 1e3)
-        if device == "cuda":
+        self.host_us.append((time.perf_counter_ns() - start - (torch_forms.Kernels.spent - spent)) / 1e3)
+        if self.classes.device == "cuda":
             torch.cuda.synchronize()
+
+    def metadata(self, bs: int) -> list:
+        """What was refreshed."""
+        if self.kind == refresh.DRAFT:
+            return [backend.decode_cuda_graph_metadata[bs] for backend in self.backend.attn_backends]
+        return [self.backend.forward_metadata]
+
+    def stale(self, number: int) -> tuple[str, ...]:
+        """Above three draft steps upstream forgets the plans of step backends 0-2, in some releases all schedules."""
+        if self.kind != refresh.DRAFT:
+            return ()
+        if self.draft_steps > 3 and number < 3:
+            return "paged_mqa_schedule_metadata", "topk_v2_plan"
+        return () if self.classes.release.draft_schedule else ("paged_mqa_schedule_metadata",)
 
 
 def run(steps: int, draft_steps: int, most: int, longest: int, flashmla: bool, console: Console) -> int:
     """Runs `steps` speculative steps on both sides and prints one table. Returns the exit status."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    release, version = plugin.find_release()
-    module = bare.import_upstream(release, device)
-    upstream = getattr(module, release.backend), getattr(module, release.multi_step)
-    fused = backends.subclasses(release, plugin.import_backend(release), version, Settings(True, False, None))
+    classes = refresh.Classes(device, required=False)
     capture_bs = [bs for bs in (1, 2, 4, 8, 16, 32, 64, 128) if bs < most] + [most]
     width = longest + 2 * draft_steps + 2
     pool = torch.randperm((2 * most + 1) * width).to(torch.int32).view(-1, width).to(device)
-    classes = {"upstream": upstream, "plugin": fused}
-    setting = Setting(release, module, classes, device, pool, draft_steps, capture_bs, flashmla)
-
-    table = _table(device, version, draft_steps)
-    with bare.gpu(module, device):
-        finding = _run_all(setting, steps, most, longest, table, console)
+    table, finding = _table(device, classes.version, draft_steps), ""
+    with bare.gpu(classes.module, device):
+        for name, kind in REFRESHES.items():
+            sides = [Side(classes, side, kind, pool, draft_steps, capture_bs, flashmla) for side in SIDES]
+            finding = finding or _run(name, sides, capture_bs, list(refresh.requests(steps, most, longest)), table, console)
     console.print(finding or table)
     return 1 if finding else 0
 
 
-def _run_all(setting: Setting, steps: int, most: int, longest: int, table: Table, console: Console) -> str:
-    """Adds a row for each refresh. Returns what differs, "" for nothing."""
-    device = setting.device
-    for name, refresh in REFRESHES.items():
-        sides = {side: Side(refresh(setting, side)) for side in setting.classes}
-        compared = 0
-        for slots, lengths in track(list(bare.requests(steps, most, longest)), description=name, console=console, transient=True):
-            bs = next(size for size in setting.capture_bs if size >= len(slots))
-            results = []
-            for side in sides.values():
-                once, result = side.prepare(slots, lengths, bs)
-                side.run(once, device)
-                results.append(result)
-            found, differing = _compare(*results, device)
-            compared += found
-            if differing:
-                return f"[red]{name}, batch {bs}, lengths {lengths}: {', '.join(differing)} differ"
-        for side in sides.values():
-            side.operations = _operations(side.prepare(slots, lengths, bs)[0], device, side is sides["plugin"])
-        hosts = (f"{statistics.median(side.host_us):.0f}" for side in sides.values())
-        table.add_row(name, *hosts, *(str(side.operations) for side in sides.values()), str(compared))
+def _run(name: str, sides: list[Side], capture_bs: list[int], batches: list, table: Table, console: Console) -> str:
+    """Adds the row of one refresh. Returns what differs, "" for nothing."""
+    compared = 0
+    for slots, lengths in track(batches, description=name, console=console, transient=True):
+        bs = next(size for size in capture_bs if size >= len(slots))
+        for side in sides:
+            side.run(side.prepare(slots, lengths, bs))
+        padded = lengths + [1] * (bs - len(lengths)) if sides[0].graph else lengths
+        found, differing = _compare(*sides, bs, refresh.row_lengths(sides[0].kind, padded, sides[0].draft_steps))
+        compared += found
+        if differing:
+            return f"[red]{name}, batch {bs}, lengths {lengths}: {', '.join(differing)} differ"
+    hosts = (f"{statistics.median(side.host_us):.0f}" for side in sides)
+    device = sides[0].classes.device
+    operations = (_operations(side.prepare(slots, lengths, bs), device, side is sides[1]) for side in sides)
+    table.add_row(name, *hosts, *map(str, operations), str(compared))
     return ""
 
 
-def _compare(off: Callable, on: Callable, device: str) -> tuple[int, list[str]]:
+def _compare(off: Side, on: Side, bs: int, live: list[int]) -> tuple[int, list[str]]:
     """(how many fields were compared, which differ)."""
     differing, count = [], 0
-    for number, ((left, live, stale), (right, *_)) in enumerate(zip(off(), on())):
-        live = torch.tensor(live, device=device)
-        expected, found = bare.both_fields(left, right, live)
-        for name in stale:
+    rows = torch.tensor(live, device=off.classes.device)
+    for number, (left, right) in enumerate(zip(off.metadata(bs), on.metadata(bs))):
+        expected, found = bare.both_fields(left, right, rows)
+        for name in off.stale(number):
             expected.pop(name, None)
         count += len(expected)
         differing += [f"{name} of backend {number}" for name, tensor in expected.items() if not torch.equal(tensor, found[name])]

@@ -1,9 +1,38 @@
+import gc
+import sys
+
 import pytest
 import torch
-from upstream import Upstream
+from forked import Parent
 
-from sglang_nsa_fused import planners
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused import plugin
+from sglang_nsa_fused.tools import bare, torch_forms
+
+PARENT = None
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)  # small tensors, and a fork has no threads
+    bare.import_upstream(plugin.find_release()[0], "cpu")
+    if "sglang_nsa_fused.backends" not in sys.modules:  # else tests of other folders run in this process too
+        PARENT = Parent()  # before anything else of the plugin is imported
+
+from upstream import Upstream  # noqa: E402
+
+from sglang_nsa_fused import planners  # noqa: E402
+
+gc.collect()
+gc.freeze()  # millions of objects of the imports, which tests that count live tensors would look at each time
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else extensions report at the end of the process what they made there as leaks
+
+
+@pytest.fixture(scope="session")
+def parent():
+    """With upstream's backend module imported, and of the plugin what that takes; None where a fork would not do."""
+    yield PARENT
+    if PARENT is not None:
+        PARENT.close()
 
 
 @pytest.fixture
@@ -15,8 +44,8 @@ def device() -> str:
 @pytest.fixture
 def upstream(device, monkeypatch):
     if device == "cpu":  # with thresholds that the lengths of these tests reach
-        monkeypatch.setattr(stand_ins, "TOPK_BUCKETS", ((63, 0), (64, 2), (1000, 3), (2048, 1)))
-        monkeypatch.setattr(planners, "TOPK_BUCKETS", (*planners.TOPK_BUCKETS, stand_ins.TOPK_BUCKETS))
+        monkeypatch.setattr(torch_forms, "TOPK_BUCKETS", ((63, 0), (64, 2), (1000, 3), (2048, 1)))
+        monkeypatch.setattr(planners, "TOPK_BUCKETS", (*planners.TOPK_BUCKETS, torch_forms.TOPK_BUCKETS))
     upstream = Upstream(device)
     with upstream.gpu():
         yield upstream

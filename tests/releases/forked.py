@@ -1,9 +1,10 @@
-"""Runs Python code in fresh copies of one process that has upstream's backend module imported: an import takes 6 to 10 s.
+"""Runs Python code in fresh copies of one process that has upstream's backend module imported: an import takes 10 s and more.
 
 Not where there is a GPU: the driver does not survive the fork.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,39 +13,46 @@ import traceback
 
 
 class Parent:
-    """A process that runs `imports` once; each `run` is a fork of it."""
+    """This process as it is now, kept in a fork; each `run` is a fork of that one."""
 
-    def __init__(self, imports: str):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has none of torch's threads
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, imports], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self):
+        (requests, self.requests), (self.replies, replies) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.requests)
+            os.close(self.replies)
+            try:
+                serve(open(requests), open(replies, "w"))
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+        self.requests, self.replies = open(self.requests, "w"), open(self.replies)
 
     def run(self, code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
-        self.process.stdin.write(json.dumps([code, env]) + "\n")
-        self.process.stdin.flush()
-        reply = self.process.stdout.readline()
+        self.requests.write(json.dumps([code, env]) + "\n")
+        self.requests.flush()
+        reply = self.replies.readline()
         if not reply:
-            raise RuntimeError(f"the parent process ended with {self.process.wait()}")
+            raise RuntimeError("the parent process ended")
         return subprocess.CompletedProcess(code, *json.loads(reply))
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.requests.close()
+        self.replies.close()
+        os.waitpid(self.pid, 0)
 
 
-def serve(imports: str) -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the imports print
-    exec(imports, {"__name__": "imports"})
-    for line in sys.stdin:
+def serve(requests, replies) -> None:
+    logging.root.handlers.clear()  # pytest's, as are its streams
+    for line in requests:
         code, env = json.loads(line)
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             child = os.fork()
             if child == 0:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
                 os._exit(run(code, env))
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             texts = [(file.seek(0), file.read())[1] for file in (out, err)]
@@ -69,7 +77,3 @@ def run(code: str, env: dict[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return status
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])

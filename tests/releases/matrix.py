@@ -108,7 +108,7 @@ def run(release: str, timeout: float) -> Result:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
             "SGLANG_NSA_FUSED_TEST_RELEASE": release,
-            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # else each run compiles all of the wheel that it imports
         }
         # The script, not the module: with `python -m pytest` the working tree would hide the installed plugin.
         command = [

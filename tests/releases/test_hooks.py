@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from forked import Parent
 
 from sglang_nsa_fused import plugin
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
@@ -48,23 +46,14 @@ print(*(next(base.__name__ for base in cls.__mro__[1:] if base.__module__ == rel
 IMPORT = "import torch; bare.import_upstream(release, 'cuda' if torch.cuda.is_available() else 'cpu')"
 
 
-@pytest.fixture(scope="module")
-def start():
+@pytest.fixture
+def start(parent):
     """start(code, env) -> CompletedProcess"""
-    imports = (
-        "from sglang_nsa_fused import plugin; from sglang_nsa_fused.tools import bare; release, version = plugin.find_release(); "
-    )
-    imports += IMPORT
-    parent = None if torch.cuda.is_available() else Parent(imports)
+    return parent.run if parent is not None else in_a_new_process
 
-    def run(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
-        if parent is not None:
-            return parent.run(code, env)
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
-    yield run
-    if parent is not None:
-        parent.close()
+def in_a_new_process(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
 def loading(start, way):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from upstream_classes import Runner, Upstream
 
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused.tools import stand_ins, torch_forms
 
 DRAFT_TOKENS = 4
 INDEX_TOPK = 2048
@@ -76,7 +76,7 @@ def check(upstream, metadata, mode, slots, lengths, accepted, req_to_token, sm10
         schedule = deep_gemm.get_paged_mqa_logits_metadata(context, 64, deep_gemm.get_num_sms())
         assert torch.equal(metadata.paged_mqa_schedule_metadata, schedule)
     if form.topk_v2_plan and upstream.device == "cpu":  # a GPU's planner leaves plans that it does not need unwritten
-        plan = stand_ins.plan_topk_v2(torch.tensor(expanded, dtype=torch.int32))
+        plan = torch_forms.plan_topk_v2(torch.tensor(expanded, dtype=torch.int32))
         assert torch.equal(metadata.topk_v2_plan, plan)
 
 

@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-from sglang_nsa_fused.tools import stand_ins
+from sglang_nsa_fused.tools import stand_ins, torch_forms
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Upstream:
         if hasattr(backend, "_init_kpool_metadata_fusion"):  # sets the metadata generators
             backend._init_kpool_metadata_fusion()
         if flashmla and self.device == "cpu":
-            backend._compute_flashmla_metadata = stand_ins.flashmla_metadata(self.module)
+            backend._compute_flashmla_metadata = torch_forms.flashmla_metadata(self.module)
         return backend
 
     def multi_step_backend(

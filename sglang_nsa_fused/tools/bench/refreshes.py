@@ -3,7 +3,6 @@
 import gc
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
 import torch
@@ -11,12 +10,11 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from sglang_nsa_fused import backends, plugin
-from sglang_nsa_fused.settings import Settings
-from sglang_nsa_fused.tools import bare, table_memory
+from sglang_nsa_fused.tools import table_memory
 from sglang_nsa_fused.tools.bench import record
 from sglang_nsa_fused.tools.bench.record import SIDES
 from sglang_nsa_fused.tools.bench.timing import allocated, copy_rate, gpu_busy, host_us_each, syncs
+from sglang_nsa_fused.tools.refresh import VERIFY, Classes
 
 LARGE = 50_000_000  # bytes moved, more than the L2 cache holds, from which on a share of the copy rate means something
 ROUND = 10  # calls of one side before the other's
@@ -53,52 +51,18 @@ class Case(NamedTuple):
         return self.bs * (4 * (columns + rows * (columns + pages)) if wide else 32 * pages + 4 * rows * pages)
 
 
-class Classes:
-    """Both sides' classes of the installed sglang. Raises plugin.Unsupported."""
-
-    def __init__(self, device: str = "cuda"):
-        self.device, (self.release, version) = device, plugin.find_release()
-        self.module = bare.import_upstream(self.release, device)
-        upstream = getattr(self.module, self.release.backend), getattr(self.module, self.release.multi_step)
-        fused = backends.subclasses(self.release, plugin.import_backend(self.release), version, Settings(True, True, None))
-        self.of = dict(zip(SIDES, (upstream, fused)))
-
-    def mode(self, kind: str) -> str | None:
-        """The ForwardMode that this step backend is captured in; None: the release's server has no graph of it."""
-        extend = "DRAFT_EXTEND_V2" if self.release.out_graph and self.release.draft_extend else None
-        return {"verify": "TARGET_VERIFY", "extend": extend}[kind]
-
-
 def backend_of(classes: Classes, side: str, pool, case: Case):
     """The backend, captured where it has a graph. pool: int32 [case.bs + 1, case.columns]."""
-    step, flashmla, release, device = classes.of[side][0], case.cache == "fp8", classes.release, classes.device
-    if case.kind == "draft":
-        return bare.multi_step_backend(classes.of[side], release, device, pool, case.draft_steps, [case.bs], flashmla)
-    if (mode := classes.mode(case.kind)) is None:
-        backend_of(classes, side, pool, case._replace(kind="verify"))  # as in a server, where its capture compares the planners
-        return bare.step_backend(step, release, device, pool, case.draft_steps + 1, flashmla)
-    more = case.draft_steps + 1, mode, [case.bs], flashmla
-    return bare.graph_backend(step, classes.module, release, device, pool, *more)
+    graph = classes.has_graph(case.kind)
+    if not graph:
+        backend_of(classes, side, pool, case._replace(kind=VERIFY))  # as in a server, where its capture compares the planners
+    return classes.backend(side, case.kind, graph, pool, case.draft_steps, [case.bs], case.cache == "fp8")
 
 
 def refresh_of(classes: Classes, backend, case: Case) -> Callable:
     """What refreshes the metadata of such a batch."""
-    slots, lengths, out_graph = list(range(1, case.bs + 1)), [case.length] * case.bs, classes.release.out_graph
-    if case.kind == "draft":
-        batch = bare.forward_batch(backend, slots, lengths, case.bs)
-        if out_graph:
-            return lambda: backend.init_forward_metadata_out_graph(batch)
-        return lambda: backend.init_forward_metadata_replay_cuda_graph(batch, case.bs)
-    if case.kind == "extend":
-        lengths = [length + case.draft_steps + 1 for length in lengths]
-    if (mode := classes.mode(case.kind)) is None:
-        batch = bare.draft_extend_batch(backend, classes.module, "DRAFT_EXTEND_V2", slots, lengths)
-        return lambda: backend.init_forward_metadata(batch)
-    batch = bare.graph_batch(backend, classes.module, mode, slots, lengths, case.bs)
-    if out_graph:
-        batch = SimpleNamespace(**batch, batch_size=case.bs)
-        return lambda: backend.init_forward_metadata_out_graph(batch)
-    return lambda: backend.init_forward_metadata_replay_cuda_graph(**batch)
+    slots, lengths = list(range(1, case.bs + 1)), [case.length] * case.bs
+    return classes.refresh(backend, case.kind, classes.has_graph(case.kind), slots, lengths, case.bs)
 
 
 def held(classes: Classes, side: str, pool, case: Case) -> tuple[object, int]:
