@@ -7,7 +7,7 @@ from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
 NAME = re.compile(
     r"(?:(?P<kind>draft|verify|extend)-)?n(?P<draft_steps>\d+)-bs(?P<batch>\d+)-len(?P<length>\d+)(?:-width(?P<width>\d+))?"
-    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?"
+    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?P<in_graph>-graph)?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?"
     r"(?:-(?P<refresh>draft|verify|extend))?"
 )
 
@@ -20,6 +20,7 @@ class Case:
     draft_steps: int
     cache: str
     layers: int
+    in_graph: bool  # the plugin's launch is a node of the graph
     one_core: bool
     within: bool  # one server is both sides
     control: bool  # both sides without the plugin: what --pairs has replaced
@@ -38,5 +39,5 @@ def parse(name: str) -> Case:
         raise ValueError(f"{name}: not a case of benchmarks.replay or benchmarks.server")
     number = {key: int(found[key]) for key in ("draft_steps", "batch", "length")}
     text = {key: found[key] or "" for key in ("kind", "cache", "refresh")}
-    flags = {flag: bool(found[flag]) for flag in ("one_core", "within", "control")}
+    flags = {flag: bool(found[flag]) for flag in ("in_graph", "one_core", "within", "control")}
     return Case(**number, **text, **flags, layers=int(found["layers"] or LAYERS), width=int(found["width"] or 0))

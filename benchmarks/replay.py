@@ -31,12 +31,13 @@ def main(
 ) -> None:
     if not torch.cuda.is_available():
         raise SystemExit(NO_GPU)
+    classes, console = Classes(), Console(width=150)
     some = [b for b in bs if b in FEW] or bs
     grid = [Case(k, MAIN, b, c, w, "bf16") for k in kind for w in WIDTHS for c in (SHORT, LONG) for b in bs]
     grid += [Case(k, n, b, SHORT, WIDTH, "bf16") for k in kind for n in draft_steps if n != MAIN for b in some]
     grid += [Case(k, MAIN, b, SHORT, WIDTH, "fp8") for k in kind for b in some]
+    grid += [Case(k, MAIN, b, SHORT, WIDTH, "bf16", True) for k in kind for b in bs if classes.may_enter_graph(k)]
     path = out or default_path("replay", torch.cuda.get_device_name())
-    classes, console = Classes(), Console(width=150)
     results = Results(path, record.head("replay", commit or project_commit()), classes.release.drop_wide_table is None)
     run(grid, samples, results, classes, console)
     console.print(results.table)

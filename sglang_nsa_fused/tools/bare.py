@@ -216,6 +216,19 @@ def replay_graph(backend, batch: dict) -> None:
         backend.init_forward_metadata_out_graph(SimpleNamespace(**batch, batch_size=batch["bs"]))
 
 
+def static_batch(backend, module: types.ModuleType, mode: str, bs: int) -> SimpleNamespace:
+    """The batch that a graph runner captures with: views of its buffers."""
+    multi = hasattr(backend, "attn_backends")
+    lengths, slots = (backend.seq_lens, backend.req_pool_indices) if multi else (backend.graph_lens, backend.graph_slots)
+    return SimpleNamespace(
+        batch_size=bs,
+        forward_mode=module.ForwardMode[mode],
+        seq_lens=lengths[:bs],
+        req_pool_indices=slots[:bs],
+        spec_info=None,
+    )
+
+
 def draft_extend_batch(
     backend, module: types.ModuleType, mode: str, slots: list[int], lengths: list[int], accepted: list[int] = ()
 ) -> SimpleNamespace:

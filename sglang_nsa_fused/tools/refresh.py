@@ -5,6 +5,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Callable
 
+import torch
+
 from sglang_nsa_fused import backends, plugin
 from sglang_nsa_fused.settings import Settings
 from sglang_nsa_fused.tools import bare
@@ -12,7 +14,7 @@ from sglang_nsa_fused.tools.bench.record import SIDES
 
 # A kind of refresh -> the ForwardMode of its graph; a draft extend has a graph in some releases.
 DRAFT, VERIFY, EXTEND = "draft", "verify", "extend"
-MODES = {VERIFY: "TARGET_VERIFY", EXTEND: "DRAFT_EXTEND_V2"}
+MODES = {DRAFT: "DECODE", VERIFY: "TARGET_VERIFY", EXTEND: "DRAFT_EXTEND_V2"}
 
 
 class Classes:
@@ -29,6 +31,18 @@ class Classes:
     def has_graph(self, kind: str) -> bool:
         """Whether the release's server captures this refresh's backend in a graph that the benchmark can replay."""
         return kind != EXTEND or bool(self.release.out_graph and self.release.draft_extend)
+
+    def may_enter_graph(self, kind: str) -> bool:
+        """Whether the plugin's launch is a node of this graph."""
+        return self.release.out_graph and (kind != EXTEND or self.release.draft_extend_reads)
+
+    def enter_graph(self, backend, kind: str, bs: int) -> Callable[[], None]:
+        """Captures what a backend does as the first work of its graph of this batch size, and gives the graph's replay."""
+        batch, graph = bare.static_batch(backend, self.module, MODES[kind], bs), torch.cuda.CUDAGraph()
+        backend.init_forward_metadata_in_graph(batch)
+        with torch.cuda.graph(graph):
+            backend.init_forward_metadata_in_graph(batch)
+        return graph.replay
 
     def backend(self, side: str, kind: str, graph: bool, pool, draft_steps: int, capture_bs: list[int], flashmla: bool):
         """graph: captured for these batch sizes, else as it is made. pool: int32 [slots, columns]."""

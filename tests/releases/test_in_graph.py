@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,23 +39,8 @@ def runner(upstream, monkeypatch):
     return run
 
 
-def static_batch(upstream, backend, mode, bs):
-    """The runner's buffers."""
-    if hasattr(backend, "attn_backends"):
-        lens, slots = backend.seq_lens, backend.req_pool_indices
-    else:
-        lens, slots = backend.graph_lens, backend.graph_slots
-    return SimpleNamespace(
-        batch_size=bs,
-        forward_mode=upstream.module.ForwardMode[mode],
-        seq_lens=lens[:bs],
-        req_pool_indices=slots[:bs],
-        spec_info=None,
-    )
-
-
 def captured(upstream, runner, backend, mode):
-    return {bs: runner(backend, static_batch(upstream, backend, mode, bs)) for bs in CAPTURE_BS}
+    return {bs: runner(backend, bare.static_batch(backend, upstream.module, mode, bs)) for bs in CAPTURE_BS}
 
 
 def poison(metadata):
@@ -182,7 +166,7 @@ def test_an_idle_batch_is_what_the_graph_was_captured_for(upstream, deep_gemm, r
 def stays(upstream, runner, settings=SETTINGS, mode="TARGET_VERIFY", **of_batch):
     _, on = upstream.graphs(mode, DRAFT_TOKENS, settings=settings)
     for bs in CAPTURE_BS:
-        batch = static_batch(upstream, on, mode, bs)
+        batch = bare.static_batch(on, upstream.module, mode, bs)
         vars(batch).update(of_batch)
         runner(on, batch)
     return not any(one is not None and one.in_graph for one in on._replays.values())
@@ -209,7 +193,7 @@ def test_a_launch_that_something_follows_stays_before(upstream, deep_gemm, runne
 
 def test_an_error_inside_keeps_it_before_and_is_said(upstream, deep_gemm, monkeypatch, caplog):
     _, on = upstream.graphs("TARGET_VERIFY", DRAFT_TOKENS)
-    batch = static_batch(upstream, on, "TARGET_VERIFY", 2)
+    batch = bare.static_batch(on, upstream.module, "TARGET_VERIFY", 2)
     batch.seq_lens = batch.seq_lens[:1]
     monkeypatch.setattr(replay, "is_capturing", lambda: True)
     on.init_forward_metadata_in_graph(batch)

@@ -12,7 +12,7 @@ from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
 
 LABELS = {UPSTREAM: "off", OURS: "on"}
 OBSERVED = 2  # runs of each case and start, after those that count
-VOCABULARY = range(10, 120_000)  # tokens of every model in question, and none of their special ones at the beginning
+VOCABULARY = range(10, 16_000)  # of every model in question, also of one rank of eight, without the special ones
 
 
 class Case(NamedTuple):

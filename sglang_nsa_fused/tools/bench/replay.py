@@ -47,6 +47,7 @@ def replay(
     length: Annotated[list, Option(parser=numbers, help="Tokens of each request.")] = "512,131072",
     cache: Annotated[list, Option(parser=names(CACHES), help="KV caches: bf16, fp8 (with FlashMLA's metadata).")] = "bf16",
     width: Annotated[list, Option(parser=numbers, help="--context-length of a server.")] = "163840",
+    in_graph: Annotated[bool, Option("--in-graph", help="Also with the launch as a node of the graph.")] = False,
     samples: Annotated[int, Option(min=10, help="Host times of each case and side.")] = 100,
     json: Annotated[Path | None, Option(help="Result file, written after each case.")] = None,
     plot: Annotated[Path | None, Option(help="PNG or SVG: host time by batch.")] = None,
@@ -87,6 +88,8 @@ def replay(
         fail(error)
     results = Results(json, record.head("replay", commit), classes.release.drop_wide_table is None)
     grid = [Case(*one) for one in itertools.product(kind, draft_steps, bs, length, width, cache)]
+    if in_graph:
+        grid += [case._replace(in_graph=True) for case in grid if classes.may_enter_graph(case.kind)]
     try:
         run(grid, samples, results, classes, console)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,144 @@
+"""What a speculative step of a real server launches, from profiles: without the plugin, with its launches before the graphs, and
+with them as nodes of the graphs.
+
+For each batch size: GPU operations that the host launches one by one (all, and the plugin's), the plugin's kernels inside
+graphs, and of each of the three graphs the time from the end of what ran before it to its first kernel of the model. Each
+server has the GPU to itself. A profile makes a step slower: its times are of no other use.
+
+    python -m benchmarks.graphs --model-path MODEL --out FILE [--draft-steps 5] [--batch 1 8 64] [--context-length 163840]
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from benchmarks.record import commit, default_path
+from sglang_nsa_fused.settings import BEFORE_GRAPH
+from sglang_nsa_fused.tools.bench import measure, record, servers
+from sglang_nsa_fused.tools.bench.process import Failed, Server, running, wait, wait_ready
+from sglang_nsa_fused.tools.bench.report import console
+from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
+
+WAYS = {"off": (False, {}), "before": (True, {BEFORE_GRAPH: "1"}), "in": (True, {})}
+GRAPHS = ("extend", "draft", "verify")  # by their number of kernels: a layer, one for each draft step but the first, the model
+KERNEL, GRAPH_LAUNCH = "generate_kernel", "GraphLaunch"
+STEPS = 20
+
+
+def measures(trace: dict) -> dict[str, float]:
+    """Of a profile: means of what is counted for a step, and medians of microseconds. Raises ValueError."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    launched_by = {
+        event["args"]["correlation"]: event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")
+    }
+    work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    work.sort(key=lambda event: event["ts"])
+    graphs, alone = {}, []
+    for event in work:
+        if GRAPH_LAUNCH in launched_by.get(event["args"]["correlation"], ""):
+            graphs.setdefault(event["args"]["correlation"], []).append(event)
+        else:
+            alone.append(event)
+    sizes = sorted({_own(graph)[1] for graph in graphs.values()})
+    if len(sizes) != len(GRAPHS):
+        raise ValueError(f"expected graphs of {len(GRAPHS)} sizes, got {sizes}")
+    gaps = {name: [] for name in GRAPHS}
+    for graph in graphs.values():
+        own, size = _own(graph)
+        first = next(event for event in graph if KERNEL not in event["name"])
+        before = [e for e in work if e["ts"] < first["ts"] and KERNEL not in e["name"] and e["args"].get("stream") is not None]
+        if before:
+            end = max(event["ts"] + event["dur"] for event in before[-64:])
+            gaps[GRAPHS[sizes.index(size)]].append(first["ts"] - end)
+    steps = len(gaps["verify"])
+    found = {
+        "steps": steps,
+        "launches": len(alone) / steps,
+        "plugin_launches": sum(KERNEL in event["name"] for event in alone) / steps,
+        "plugin_nodes": sum(_own(graph)[0] for graph in graphs.values()) / steps,
+    }
+    return found | {f"gap_{name}_us": statistics.median(times) for name, times in gaps.items()}
+
+
+def _own(graph: list[dict]) -> tuple[int, int]:
+    """(the plugin's kernels, all others)"""
+    own = sum(KERNEL in event["name"] for event in graph)
+    return own, len(graph) - own
+
+
+def profiled(server: Server, case: measure.Case, plan: measure.Plan, folder: Path) -> dict[str, float]:
+    """Raises Failed."""
+    for _ in range(plan.warmup):
+        measure.generate(server, case, plan)
+    folder.mkdir()
+    ask = threading.Thread(target=measure.generate, args=(server, case, plan))
+    ask.start()
+    time.sleep(0.5)  # its prefill is over
+    server.post("/start_profile", {"output_dir": str(folder), "num_steps": STEPS, "activities": ["CPU", "GPU"]})
+    ask.join()
+    if not wait(lambda: any(folder.glob("*.trace.json.gz")), 60):
+        raise Failed(f"{server.name}: sglang wrote no profile of {case.name}{server.tail()}")
+    time.sleep(2)  # and has closed it
+    with gzip.open(next(folder.glob("*.trace.json.gz")), "rt") as file:
+        return measures(json.load(file))
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, help="a folder with a config.json; weights are random")
+    add("--draft-steps", type=int, default=5)
+    add("--batch", type=int, nargs="+", default=[1, 8, 64])
+    add("--length", type=int, default=512)
+    add("--context-length", type=int, default=163_840)
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--ready-seconds", type=float, default=420)
+    add("--port", type=int, default=30000)
+    add("--log-dir", type=Path)
+    add("--out", type=Path)
+    add("--commit")
+    args = parser.parse_args(argv)
+    interrupt_on_signals()
+    folder = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-graphs-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        machine, release, loader = servers.machine()
+    except Failed as error:
+        raise SystemExit(str(error)) from None
+    cases, problems, results = [measure.Case(batch, args.length) for batch in args.batch], [], {}
+    plan = measure.Plan(cases, 1, 2, 1, 192, args.ready_seconds, args.ready_seconds)
+    flags = servers.flags(release, args.draft_steps, "bf16", max(args.batch))
+    flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, *args.batch))
+    flags += ["--max-total-tokens", servers.total_tokens(cases, plan.output_tokens)]
+    path = args.out or default_path("graphs", machine["gpu"], machine["sglang"])
+    head = {"schema": 1, "what": "graphs", **machine, "commit": args.commit or commit(), "model": args.model_path.name}
+    for way in args.ways:
+        plugin, more = WAYS[way]
+        server = Server(way, args.port, flags, servers.environment(plugin, loader=loader) | more, folder)
+        try:
+            with running([server]):
+                wait_ready([server], time.monotonic() + args.ready_seconds)
+                server.check_plugin(plugin)
+                for case in cases:
+                    for metric, value in profiled(server, case, plan, folder / f"{way}-{case.name}").items():
+                        one = results.setdefault(
+                            (case.name, metric), {"name": f"n{args.draft_steps}-{case.name}", "metric": metric}
+                        )
+                        one[way] = round(value, 2)
+                    console.print(case.name, way, {metric: one[way] for (_, metric), one in results.items() if way in one})
+                    record.write(path, head, cases=results.values())
+        except (Failed, ValueError) as error:
+            problems.append(f"{way}: {error}")
+    for problem in problems:
+        console.print(f"FAILED {problem}", markup=False)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
