@@ -14,8 +14,8 @@ import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.record import commit, default_path
@@ -77,11 +77,11 @@ def profiled(server: Server, case: measure.Case, plan: measure.Plan, folder: Pat
     for _ in range(plan.warmup):
         measure.generate(server, case, plan)
     folder.mkdir()
-    ask = threading.Thread(target=measure.generate, args=(server, case, plan))
-    ask.start()
-    time.sleep(0.5)  # its prefill is over
-    server.post("/start_profile", {"output_dir": str(folder), "num_steps": STEPS, "activities": ["CPU", "GPU"]})
-    ask.join()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(measure.generate, server, case, plan)
+        time.sleep(0.5)  # its prefill is over
+        server.post("/start_profile", {"output_dir": str(folder), "num_steps": STEPS, "activities": ["CPU", "GPU"]})
+        asked.result()
     if not wait(lambda: any(folder.glob("*.trace.json.gz")), 60):
         raise Failed(f"{server.name}: sglang wrote no profile of {case.name}{server.tail()}")
     time.sleep(2)  # and has closed it

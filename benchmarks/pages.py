@@ -57,6 +57,11 @@ SHOWN = {
     ),
     "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
     "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
+    "h200-0.5.17-rank8": (
+        "n5-bs1-len512-width163840-bf16-layers61",
+        "n5-bs8-len512-width163840-bf16-layers61",
+        "n5-bs64-len512-width163840-bf16-layers61",
+    ),
     "h200-0.5.23-wide": (
         "n5-bs8-len512-width1048576-bf16",
         "n5-bs64-len512-width1048576-bf16",
@@ -196,7 +201,28 @@ def fraction(of: str) -> str:
     return rows_of([results["gpu"], f"sglang {results['sglang']}", "with the plugin"], rows)
 
 
+def graphs(of: str) -> str:
+    """A step of a server whose launches are before the graphs, and in them."""
+    found: dict[str, dict[str, dict]] = {}
+    for one in load("graphs", of)["cases"]:
+        found.setdefault(one["name"], {})[one["metric"]] = one
+    metrics = {
+        "plugin_launches": ("the plugin's launches", 0),
+        "launches": ("all launches", 0),
+        "plugin_nodes": ("nodes in graphs", 0),
+        "gap_draft_us": ("us to the draft graph", 1),
+        "gap_verify_us": ("to the verify graph", 1),
+        "gap_extend_us": ("to the draft extend graph", 1),
+    }
+    rows = []
+    for name, of_case in found.items():
+        values = [" → ".join(f"{of_case[m][way]:.{digits}f}" for way in ("before", "in")) for m, (_, digits) in metrics.items()]
+        rows.append([name, *values])
+    return rows_of(["case", *(label for label, _ in metrics.values())], rows)
+
+
 TABLES = {
+    "graphs": graphs,
     "server": server,
     "replay": replay,
     "gain": gain,

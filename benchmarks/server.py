@@ -96,9 +96,10 @@ def setup(configuration: Configuration, release, loader: bool, args) -> measure.
 
 def described(configuration: Configuration, up: list[Start], args) -> dict:
     """The configuration as the result file has it."""
-    names = ("starts", "output_tokens", "repeats", "warmup", "context_length", "server_flags")
+    names = ("output_tokens", "repeats", "warmup", "context_length", "server_flags")
     ready = compare.by_side(up, lambda start: start.server.ready_seconds)
-    found = {"name": configuration.name, "start": "alone", **{name: getattr(args, name) for name in names}}
+    finished = min(sum(start.side == side for start in up) for side in record.SIDES)
+    found = {"name": configuration.name, "start": "alone", "starts": finished, **{name: getattr(args, name) for name in names}}
     found |= {"seconds_to_ready": {side: max(of) for side, of in ready.items()}, "table_bytes": compare.table_bytes(up)}
     return found | {"plugin": "".join(up[-1].server.plugin_lines() or up[-2].server.plugin_lines())}
 

@@ -99,7 +99,7 @@ class OutGraphStep(Step):
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        if not in_capture and not self._said:
+        if not (in_capture or self._said):
             self._said = True
             self._hooks.say_where(RUNNERS[mode_of(forward_batch.forward_mode)], self._replays)
 

@@ -60,13 +60,13 @@ def test_the_first_launch_of_a_process_may_be_captured(num_dst, generates):
 
 
 def test_a_plan_made_in_a_capture_says_what_to_do_and_decides_nothing():
-    case, graph = make("cuda"), torch.cuda.CUDAGraph()
+    case = make("cuda")
     kernels.select.cache_clear()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
         with pytest.raises(RuntimeError, match="make a plan on this GPU once before"):
             ReplayPlan(DECODE, case.destinations)
     ReplayPlan(DECODE, case.destinations).copy(*case.sources, *case.sizes)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
         ReplayPlan(DECODE, case.destinations).copy(*case.sources, *case.sizes)
 
 
