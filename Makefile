@@ -2,6 +2,7 @@
 # make test  the tests, the kernels emulated on the host, then those with real sglang classes once for each sglang release;
 #            ARGS instead: pytest with these alone
 # make lint  ruff and mypy, clang-format, and the compiler's warnings; make format lets them write
+# make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
@@ -16,7 +17,7 @@ HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_sp
 
 CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: run test lint format e2e clean
+.PHONY: run test lint format wheel e2e clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -41,6 +42,14 @@ format: $(VENV)/lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CSRC)
 
+# Not libtvm_ffi: the installed apache-tvm-ffi brings it, and loads it first.
+wheel: $(VENV)/release
+	rm -rf build/wheel dist
+	$(VENV)/bin/python -m build --outdir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
+	$(VENV)/bin/twine check --strict dist/*
+
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
 
@@ -55,6 +64,10 @@ $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 
 $(VENV)/lint: $(VENV)/packages requirements-lint.txt
 	$(VENV)/bin/pip install --no-deps -r requirements-lint.txt
+	touch $@
+
+$(VENV)/release: $(VENV)/packages requirements-release.txt
+	$(VENV)/bin/pip install -r requirements-release.txt
 	touch $@
 
 $(VENV)/plugin: $(VENV)/packages $(SOURCES)

@@ -9,14 +9,10 @@ output ids do not tell wrong draft metadata: the target model corrects it; and w
 graph of all draft steps. The GPU waits DELAY_CYCLES before it: otherwise the launch of a graph of hundreds of kernels would
 count where the GPU has nothing else to do, and be hidden where upstream's refresh still keeps it busy.
 
-With SERVER_PROBE_TOGGLE set, in a server with the plugin, metadata is refreshed as upstream does it while a file of that name
-with ".upstream" exists: the same process, graphs and buffers on both sides.
-
 SERVER_PROBE_WEIGHTS=decisive gives both servers a model whose tokens survive the rounding of other batch sizes.
 """
 
 import collections
-import contextlib
 import functools
 import importlib
 import json
@@ -150,33 +146,12 @@ def tables(call, *args, **kwargs):
         _start_writer()
 
 
-def timed(kind: str, bs: int, call, *args, **kwargs):
+def refresh(kind: str, bs: int, call, backend, *args, **kwargs):
     start = time.perf_counter_ns()
-    result = call(*args, **kwargs)
+    result = call(backend, *args, **kwargs)
     _samples.append({"at": start, "kind": kind, "bs": bs, "ns": time.perf_counter_ns() - start})
     _start_writer()
     return result
-
-
-def refresh(kind: str, bs: int, call, backend, *args, **kwargs):
-    toggled = "SERVER_PROBE_TOGGLE" in os.environ and os.path.exists(os.environ[FILE] + ".upstream")
-    with upstreams(backend) if toggled else contextlib.nullcontext():
-        return timed(kind, bs, call, backend, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def upstreams(backend):
-    """This backend of the plugin, and its steps', refresh as upstream does."""
-    found = [
-        (one, one._replays, getattr(one, "_draft_extend", None)) for one in (backend, *getattr(backend, "attn_backends", ()))
-    ]
-    try:
-        for one, replays, _ in found:
-            one._replays, one._draft_extend = dict.fromkeys(replays), getattr(one, "_upstreams_draft_extend", None)
-        yield
-    finally:
-        for one, replays, draft_extend in found:
-            one._replays, one._draft_extend = replays, draft_extend
 
 
 def draft_replay(replay, backend, forward_batch, bs):
