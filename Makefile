@@ -1,6 +1,6 @@
 # make run   the demo: sglang's real backend classes, plugin off and on, on this machine's GPU or on its CPU
-# make test  the tests, the kernels emulated on the host, then those with real sglang classes once for each sglang release;
-#            ARGS instead: pytest with these alone
+# make test  the tests on two cores, the kernels emulated on the host, then those with real sglang classes once for each sglang
+#            release; ARGS instead: pytest with these alone
 # make lint  ruff and mypy, clang-format, and the compiler's warnings; make format lets them write
 # make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
@@ -23,8 +23,9 @@ run: $(VENV)/plugin
 
 test: $(VENV)/plugin
 ifeq ($(ARGS),)
-	$(VENV)/bin/pytest tests/unit tests/gpu
-	PYTHONPATH=tests/emulation $(VENV)/bin/pytest -q -p emulated $(EMULATED)
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+	$(VENV)/bin/pytest tests/gpu
+	PYTHONPATH=tests/emulation $(VENV)/bin/pytest -q -n 2 -p emulated $(EMULATED)
 	$(VENV)/bin/python tests/releases/matrix.py
 else
 	$(VENV)/bin/pytest $(ARGS)

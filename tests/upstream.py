@@ -24,7 +24,7 @@ class Upstream:
         self.device = device
 
     def gpu(self, sm100=False):
-        return bare.gpu(self.module, self.device, sm100)
+        return bare.gpu(self.release, self.device, sm100)
 
     def schedule(self, lengths):
         """DeepGEMM's own for these lengths of rows."""

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import torch
 
 from sglang_nsa_fused import planners
-from sglang_nsa_fused.releases import Release
-from sglang_nsa_fused.tools import stand_ins, torch_forms
+from sglang_nsa_fused.releases import RELEASES, Release
+from sglang_nsa_fused.tools import stand_ins, torch_forms, versions
 
 
 def import_upstream(release: Release, device: str) -> types.ModuleType:
@@ -32,9 +32,9 @@ def import_upstream(release: Release, device: str) -> types.ModuleType:
     return module
 
 
-def gpu(module: types.ModuleType, device: str, sm100: bool = False):
+def gpu(release: Release, device: str, sm100: bool = False):
     """Inside, upstream's CUDA branches run: on a CPU over stand-ins for their kernels."""
-    return stand_ins.cuda(_version(), module, sm100) if device == "cpu" else contextlib.nullcontext()
+    return stand_ins.cuda(release, sys.modules[release.module], sm100) if device == "cpu" else contextlib.nullcontext()
 
 
 def _version() -> str:
@@ -47,7 +47,8 @@ def step_backend(cls: type, release: Release, device: str, req_to_token: torch.T
     req_to_token: int32 [slots, columns]. flashmla: whether captured metadata holds FlashMLA's tile metadata.
     """
     backend, module = object.__new__(cls), sys.modules[release.module]
-    for name, value in stand_ins.attributes(_version(), module, device, req_to_token, draft_tokens, flashmla).items():
+    values = stand_ins.attributes(release, _version(), module, device, req_to_token, draft_tokens, flashmla)
+    for name, value in values.items():
         setattr(backend, name, value)
     if hasattr(backend, "_init_kpool_metadata_fusion"):  # sets the metadata generators
         backend._init_kpool_metadata_fusion()
@@ -75,11 +76,11 @@ def multi_step_backend(
     multi.speculative_num_steps = draft_steps
     multi.attn_backends = [
         step_backend(backend_cls, release, device, req_to_token, draft_steps + 1, flashmla)
-        for _ in range(draft_steps - (stand_ins.base(_version()) >= stand_ins.STEPS_BUT_ONE))
+        for _ in range(draft_steps - 1 + versions.of(_version()).spare_step)
     ]
     largest = max(capture_bs)
     multi.init_cuda_graph_state(largest, largest)
-    multi.seq_lens = torch.ones(largest, dtype=_runner_dtype(), device=device)
+    multi.seq_lens = torch.ones(largest, dtype=versions.of(_version()).lengths, device=device)
     multi.req_pool_indices = torch.zeros(largest, dtype=torch.int64, device=device)
     for bs in sorted(capture_bs, reverse=True):
         batch = SimpleNamespace(
@@ -99,11 +100,7 @@ def multi_step_backend(
 
 
 def _on_host(lengths: list[int]) -> torch.Tensor | None:
-    return None if stand_ins.base(_version()) >= stand_ins.NO_CPU_LENGTHS else torch.tensor(lengths, dtype=torch.int32)
-
-
-def _runner_dtype() -> torch.dtype:
-    return torch.int64 if stand_ins.base(_version()) >= stand_ins.LENGTHS_64 else torch.int32
+    return torch.tensor(lengths, dtype=torch.int32) if versions.of(_version()).host_lengths else None
 
 
 def forward_batch(multi, slots: list[int], lengths: list[int], bs: int) -> SimpleNamespace:
@@ -158,7 +155,7 @@ def graph_backend(
     largest = max(capture_bs)
     rows = 1 if mode == "DECODE" else draft_tokens
     backend.init_cuda_graph_state(largest, largest * rows)
-    backend.graph_lens = torch.ones(largest, dtype=_runner_dtype(), device=device)
+    backend.graph_lens = torch.ones(largest, dtype=versions.of(_version()).lengths, device=device)
     backend.graph_slots = torch.zeros(largest, dtype=torch.int64, device=device)
     for bs in sorted(capture_bs, reverse=True):
         capture(backend, module, release, mode, bs)
@@ -194,8 +191,7 @@ def graph_batch(
     if accepted:
         accepted = list(accepted) + [backend.speculative_num_draft_tokens] * (bs - raw)
         accepted = torch.tensor(accepted, dtype=accepted_dtype, device=device)
-        names = ("accept_length", "num_accepted_tokens", "num_accept_tokens")  # in one release or another
-        spec_info = SimpleNamespace(**dict.fromkeys(names, accepted))
+        spec_info = SimpleNamespace(**{release.accepted: accepted for release in RELEASES if release.accepted})
     return dict(
         bs=bs,
         req_pool_indices=backend.graph_slots[:bs],
@@ -271,7 +267,7 @@ def fields(metadata, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         if getattr(metadata, name, None) is not None:
             found[name] = getattr(metadata, name).clone()
     plan = getattr(metadata, "topk_v2_plan", None)
-    unwritten = plan is not None and plan.is_cuda and stand_ins.base(_version()) >= stand_ins.SMALL_PLANS and len(plan) <= 1 + 30
+    unwritten = plan is not None and plan.is_cuda and len(plan) <= 1 + 30 and not versions.of(_version()).small_plans
     if plan is not None and not unwritten:
         # Its rows come in any order, and behind them it is as the allocator had it.
         head, *rows = plan.tolist()

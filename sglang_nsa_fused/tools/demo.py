@@ -98,7 +98,7 @@ def run(steps: int, draft_steps: int, most: int, longest: int, flashmla: bool, c
     width = longest + 2 * draft_steps + 2
     pool = torch.randperm((2 * most + 1) * width).to(torch.int32).view(-1, width).to(device)
     table, finding = _table(device, classes.version, draft_steps), ""
-    with bare.gpu(classes.module, device):
+    with bare.gpu(classes.release, device):
         for name, kind in REFRESHES.items():
             sides = [Side(classes, side, kind, pool, draft_steps, capture_bs, flashmla) for side in SIDES]
             finding = finding or _run(name, sides, capture_bs, list(refresh.requests(steps, most, longest)), table, console)

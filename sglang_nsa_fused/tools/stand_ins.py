@@ -15,17 +15,10 @@ from unittest import mock
 
 import torch
 
-from sglang_nsa_fused.tools import torch_forms
+from sglang_nsa_fused.releases import Release
+from sglang_nsa_fused.tools import torch_forms, versions
 from sglang_nsa_fused.tools.torch_forms import as_kernel, deep_gemm
 
-# Packages that only a GPU machine has and that the import wants all the same.
-PACKAGES = {
-    "0.5.7": {"sgl_kernel", "vllm"},
-    "0.5.8": {"sgl_kernel"},
-    "0.5.9": {"sgl_kernel"},
-    "0.5.10": {"sgl_kernel"},
-    "0.5.15": {"cutlass", "cuda"},  # 0.5.15.post1 imports its kernels later
-}
 # The fused copy compiles CUDA at its first call; without the module upstream copies tensor by tensor.
 FUSED_COPY = (
     "sglang.jit_kernel.fused_metadata_copy",
@@ -50,15 +43,6 @@ MODULES = {
     ),
     "topk": ("sglang.jit_kernel.dsv4.topk", "sglang.kernels.ops.attention.dsv4.topk"),
 }
-NO_CPU_LENGTHS = (0, 5, 15)  # since then they may hand over none on the host
-LENGTHS_64 = (0, 5, 14)  # since then the graph runners' lengths are int64
-SMALL_PLANS = (0, 5, 21)  # since then a GPU's planner of the top-k writes nothing for up to 30 rows
-STEPS_BUT_ONE = (0, 5, 9)  # since then a multi-step backend has one step backend less than draft steps
-
-
-def base(version: str) -> tuple[int, ...]:
-    """(0, 5, 12) of 0.5.12.post1."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def install(version: str) -> None:
@@ -67,32 +51,26 @@ def install(version: str) -> None:
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     for name in FUSED_COPY:
         sys.modules[name] = None
-    packages = PACKAGES.get(".".join(map(str, base(version))), set())
-    if packages:
-        sys.meta_path.insert(0, _Finder(packages))
+    if versions.of(version).packages:
+        sys.meta_path.insert(0, _Finder(versions.of(version).packages))
 
 
 @contextlib.contextmanager
-def cuda(version: str, backend: types.ModuleType, sm100: bool = False):
+def cuda(release: Release, backend: types.ModuleType, sm100: bool = False):
     """Inside, the imported backend module behaves as on a CUDA GPU, over CPU tensors.
 
     sm100: as on a Blackwell GPU, whose target verify schedule has a column for each draft token.
     """
-    n = backend.__name__.rsplit(".", 1)[1][:3]
     modules = {"backend": [backend]}
     for key, paths in MODULES.items():
-        modules[key] = [module for module in (_import(path.format(n=n)) for path in paths) if module is not None]
+        modules[key] = [module for module in (_import(path.format(n=release.names)) for path in paths) if module is not None]
     forms = {name: as_kernel(getattr(torch_forms, name)) for name in KERNELS}
-    if base(version) < (0, 5, 15):
-        forms["seqlens_expand_triton"] = as_kernel(functools.partial(torch_forms.seqlens_expand_triton, floor=-(1 << 31)))
+    forms["seqlens_expand_triton"] = as_kernel(functools.partial(torch_forms.seqlens_expand_triton, floor=release.floor))
     facts = {
         "is_cuda": lambda: True,
         "_is_cuda": True,
         "is_sm100_supported": lambda: sm100,
         "get_platform": lambda: types.SimpleNamespace(is_sm100=sm100),
-        # The server's, which no process here has set up: how many ranks share a context.
-        "pad_nsa_cache_seqlens": lambda forward_batch, nsa_cache_seqlens: nsa_cache_seqlens,
-        "pad_dsa_cache_seqlens": lambda forward_batch, dsa_cache_seqlens: dsa_cache_seqlens,
     }
     with contextlib.ExitStack() as stack:
         for name, places in KERNELS.items():
@@ -106,10 +84,9 @@ def cuda(version: str, backend: types.ModuleType, sm100: bool = False):
         found = sys.modules.get("deep_gemm")
         sys.modules["deep_gemm"] = deep_gemm
         stack.callback(lambda: sys.modules.pop("deep_gemm") if found is None else sys.modules.update(deep_gemm=found))
-        for name in ("resolve_paged_mqa_logits_metadata_fn", "resolve_num_sms"):
-            if hasattr(backend, name):  # they remember DeepGEMM's functions
-                getattr(backend, name).cache_clear()
-                stack.callback(getattr(backend, name).cache_clear)
+        for name in filter(None, (release.schedule_function, release.num_sms)):  # they remember DeepGEMM's functions
+            getattr(backend, name).cache_clear()
+            stack.callback(getattr(backend, name).cache_clear)
         yield
 
 
@@ -121,58 +98,57 @@ def _import(path: str):
 
 
 def attributes(
-    version: str, module: types.ModuleType, device: str, req_to_token: torch.Tensor, draft_tokens: int, flashmla: bool
+    release: Release,
+    version: str,
+    module: types.ModuleType,
+    device: str,
+    req_to_token: torch.Tensor,
+    draft_tokens: int,
+    flashmla: bool,
 ) -> dict:
-    """What this release's metadata path reads from a step backend and its constructor would have set.
+    """What the metadata path of this version reads from a step backend and its constructor would have set.
 
     req_to_token: int32 [slots, columns]. flashmla: whether captured metadata holds FlashMLA's tile metadata.
     """
     impl = "flashmla_kv" if flashmla else "flashmla_sparse"
-    n = "nsa" if base(version) < (0, 5, 13) else "dsa"
-    topk_backend = getattr(module, "DSATopKBackend", None)
-    since = {
-        "0.5.7": {
-            "device": device,
-            "real_page_size": 64,
-            "req_to_token": req_to_token,
-            "max_context_len": req_to_token.shape[1],
-            "speculative_num_draft_tokens": draft_tokens,
-            f"{n}_index_topk": 2048,
-            f"{n}_decode_impl": impl,
-            f"{n}_prefill_impl": impl,
-            f"{n}_kv_cache_store_fp8": flashmla,
-            "enable_auto_select_prefill_impl": False,
-            "num_q_heads": 128,
-            "use_mha": False,
-            "_arange_buf": _arange(device),
-        },
-        "0.5.9": {"_force_attn_forward_mla": False},
-        "0.5.11": {"flashmla_kv_num_q_heads": 128},
-        "0.5.13": {
-            "hisparse_coordinator": None,
-            "token_to_kv_pool": None,
-            "req_to_token_pool": types.SimpleNamespace(req_to_token=req_to_token),
-        },
-        "0.5.15": {} if version == "0.5.15" else {"use_fused_topk": True},  # from 0.5.15.post1 on
-        "0.5.17": {"dsa_topk_backend": topk_backend and topk_backend.SGL_KERNEL},
-        "0.5.19": {"supports_mha_one_shot": True},
-        "0.5.20": {
-            "dsa_index_kpool": 1,
-            "_get_device_sm": _sm,
-            "_is_blackwell": _no,
-            "_is_in_breakable_cuda_graph": _no,
-            "_is_in_tc_piecewise_cuda_graph": _no,
-        },
-        "0.5.21": {
-            "_memory_saver_adapter": _MemorySaver(),
-            "_multi_ctas_kv_counter_buffer": None,
-        },
-        "0.5.22": {"physical_page_size": 64, "num_dcp_q_heads": 128},
-        "0.5.23": {"_kv_shard_pool": None},
+    use_mha, prefill_impl = release.prefill_impl_state
+    of_release = {
+        release.page_size: 64,
+        release.req_to_token: req_to_token,
+        release.draft_tokens: draft_tokens,
+        release.index_topk: 2048,
+        release.decode_impl: impl,
+        release.kpool: 1,
+        release.flashmla_heads: 128,
+        release.kv_shard_pool: None,
+        use_mha: False,
+        prefill_impl: impl,
+        f"{release.names}_kv_cache_store_fp8": flashmla,
     }
-    until = {"_force_attn_forward_mla": "0.5.10", "max_context_len": "0.5.15", "real_page_size": "0.5.22"}
-    values = {k: v for first, some in since.items() if base(first) <= base(version) for k, v in some.items()}
-    return {k: v for k, v in values.items() if base(version) < base(until.get(k, "999.0.0"))}
+    topk_backend = getattr(module, "DSATopKBackend", None)
+    others = {
+        "device": device,
+        "max_context_len": req_to_token.shape[1],
+        "enable_auto_select_prefill_impl": False,
+        "num_q_heads": 128,
+        "_arange_buf": _arange(device),
+        "_force_attn_forward_mla": False,
+        "hisparse_coordinator": None,
+        "token_to_kv_pool": None,
+        "req_to_token_pool": types.SimpleNamespace(req_to_token=req_to_token),
+        "use_fused_topk": True,
+        "dsa_topk_backend": topk_backend and topk_backend.SGL_KERNEL,
+        "supports_mha_one_shot": True,
+        "_get_device_sm": _sm,
+        "_is_blackwell": _no,
+        "_is_in_breakable_cuda_graph": _no,
+        "_is_in_tc_piecewise_cuda_graph": _no,
+        "_memory_saver_adapter": _MemorySaver(),
+        "_multi_ctas_kv_counter_buffer": None,
+        "num_dcp_q_heads": 128,
+    }
+    of_release.pop(None, None)  # what this release does not have
+    return {**of_release, **{name: others[name] for name in versions.of(version).attributes}}
 
 
 @functools.lru_cache(None)
@@ -209,7 +185,7 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder:
-    def __init__(self, packages: set[str]):
+    def __init__(self, packages: frozenset[str]):
         self.packages = packages
 
     def find_spec(self, name: str, path=None, target=None):

@@ -170,7 +170,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 classes = getattr(module, release.backend), getattr(module, release.multi_step)
 table = torch.zeros(9, 200, dtype=torch.int32, device=device)
 for steps in (3, 5):
-    with bare.gpu(module, device):
+    with bare.gpu(release, device):
         bare.multi_step_backend(classes, release, device, table, steps, [1, 2])
 """,
         **{GATE: "1"},

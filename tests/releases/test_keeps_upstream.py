@@ -8,7 +8,7 @@ import torch
 from upstream import CAPTURE_BS, SETTINGS, after, assert_equal_fields, batches
 
 from sglang_nsa_fused import buffers, hooks, kernels, planners, releases
-from sglang_nsa_fused.tools import bare, stand_ins
+from sglang_nsa_fused.tools import bare, versions
 
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):
@@ -153,7 +153,7 @@ def test_steps_that_cannot_be_compared_have_buffers_of_their_own(upstream, deep_
 def test_a_multi_step_backend_without_steps_is_upstreams(upstream, monkeypatch):
     """As of a server with one draft step, up to 0.5.8 with none."""
     on = object.__new__(upstream.fused()[1])
-    on.attn_backends, on.speculative_num_steps = [], int(stand_ins.base(upstream.version) >= stand_ins.STEPS_BUT_ONE)
+    on.attn_backends, on.speculative_num_steps = [], int(not versions.of(upstream.version).spare_step)
     on.init_cuda_graph_state(4, 4)
     assert on._replays == {} and not on._share
 

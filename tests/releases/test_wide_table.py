@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from upstream import CAPTURE_BS, SETTINGS, WIDE, assert_equal_fields, assert_same_fields, batches, steps
 
 from sglang_nsa_fused import buffers, hooks, kernels, releases, replay
-from sglang_nsa_fused.tools import bare, stand_ins
+from sglang_nsa_fused.tools import bare, versions
 
 DRAFT_TOKENS = 4
 MODES = ["TARGET_VERIFY", "DRAFT_EXTEND_V2"]
@@ -125,10 +125,12 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_it_is_there_where_somebody_reads_it(upstream, deep_gemm, monkeypatch, consumer):
-    base = stand_ins.base(upstream.version)
-    if consumer == "pooled keys" and upstream.release.kpool is None or consumer == "another top-k" and base < (0, 5, 17):
+    attributes = versions.of(upstream.version).attributes
+    if consumer == "pooled keys" and upstream.release.kpool is None:
         pytest.skip("this release has no such consumer")
-    if consumer == "unfused top-k" and upstream.version == "0.5.15":
+    if consumer == "another top-k" and "dsa_topk_backend" not in attributes:
+        pytest.skip("this release has no such consumer")
+    if consumer == "unfused top-k" and "use_fused_topk" not in attributes:
         monkeypatch.setenv("SGLANG_DSA_FUSE_TOPK", "0")
     if consumer == "pages of one token" and upstream.device == "cuda":
         pytest.skip("a GPU's indexer has pages of 64 tokens")
@@ -221,7 +223,7 @@ class Regions(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["DECODE", *MODES])
 def test_what_a_memory_saver_zeroes_is_written_by_each_replay(upstream, deep_gemm, monkeypatch, mode, settings):
     """After release and resume all of a region's memory is zero."""
-    if stand_ins.base(upstream.version) < (0, 5, 21):
+    if "_memory_saver_adapter" not in versions.of(upstream.version).attributes:
         pytest.skip("graphs of this release have no region")
     regions, step_backend = Regions(), bare.step_backend
 
