@@ -117,7 +117,7 @@ def main(argv=None) -> int:
     flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, *args.batch))
     flags += ["--max-total-tokens", servers.total_tokens(cases, plan.output_tokens)]
     path = args.out or default_path("graphs", machine["gpu"], machine["sglang"])
-    head = {"schema": 1, "what": "graphs", **machine, "commit": args.commit or commit(), "model": args.model_path.name}
+    head = record.head("graphs", args.commit or commit(), machine, model=args.model_path.name)
     for way in args.ways:
         plugin, more = WAYS[way]
         server = Server(way, args.port, flags, servers.environment(plugin, loader=loader) | more, folder)
