@@ -89,6 +89,20 @@ def profiled(server: Server, case: measure.Case, plan: measure.Plan, folder: Pat
         return measures(json.load(file))
 
 
+def compared(results: dict, cases: list[measure.Case], draft_steps: int) -> list[dict]:
+    """results: measures of (way, case name). upstream is without the plugin, ours has its launches in the graphs; before: where
+    these were before the graphs."""
+    found = []
+    for case in cases:
+        off, before, ours = (results.get((way, case.name)) for way in WAYS)
+        if off and ours:
+            name, steps = f"n{draft_steps}-{case.name}", int(min(off["steps"], ours["steps"]))
+            for metric in [metric for metric in off if metric != "steps"]:
+                more = {"before": round(before[metric], 3)} if before else {}
+                found.append(record.case(name, metric, off[metric], ours[metric], steps, **more))
+    return found
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -126,13 +140,9 @@ def main(argv=None) -> int:
                 wait_ready([server], time.monotonic() + args.ready_seconds)
                 server.check_plugin(plugin)
                 for case in cases:
-                    for metric, value in profiled(server, case, plan, folder / f"{way}-{case.name}").items():
-                        one = results.setdefault(
-                            (case.name, metric), {"name": f"n{args.draft_steps}-{case.name}", "metric": metric}
-                        )
-                        one[way] = round(value, 2)
-                    console.print(case.name, way, {metric: one[way] for (_, metric), one in results.items() if way in one})
-                    record.write(path, head, cases=results.values())
+                    results[way, case.name] = profiled(server, case, plan, folder / f"{way}-{case.name}")
+                    console.print(case.name, way, results[way, case.name])
+                    record.write(path, head, cases=compared(results, cases, args.draft_steps))
         except (Failed, ValueError) as error:
             problems.append(f"{way}: {error}")
     for problem in problems:

@@ -15,7 +15,9 @@ LOADED = 4  # draft steps of the servers under load, where there is a choice
 def pytest_addoption(parser):
     group = parser.getgroup("e2e", "real servers")
     group.addoption("--e2e-cache", default=",".join(servers.CACHES), help="of the servers")
-    group.addoption("--e2e-draft-steps", help=f"--speculative-num-steps of the servers; {DRAFT_STEPS}, on two GPUs 4")
+    group.addoption(
+        "--e2e-draft-steps", help=f"--speculative-num-steps of the servers; {DRAFT_STEPS}, other than in test_server 4"
+    )
     group.addoption("--e2e-minutes", type=float, default=15, help="of the load under which memory is watched")
     group.addoption("--e2e-requests", type=int, default=200, help="that join and leave")
     group.addoption("--e2e-context", type=int, help="--context-length of the servers")
@@ -33,7 +35,7 @@ def pytest_generate_tests(metafunc):
     if "configuration" in metafunc.fixturenames:
         caches, steps = option(metafunc.config, "cache", "bf16,fp8"), option(metafunc.config, "draft_steps")
         if steps is None:
-            steps = (4,) if metafunc.module.__name__ == "test_two_gpus" else DRAFT_STEPS
+            steps = DRAFT_STEPS if metafunc.module.__name__ == "test_server" else (4,)
         else:
             steps = tuple(map(int, steps.split(",")))
         if metafunc.function.__name__ == "test_load" and LOADED in steps:

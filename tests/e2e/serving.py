@@ -42,10 +42,12 @@ class Configuration:
     draft_steps: int
     name: str
     flags: tuple = ()
+    env: tuple[tuple[str, str], ...] = ()
+    model: Path = servers.HERE / "model"
 
     @staticmethod
-    def of(cache: str, draft_steps: int, suffix: str = "", flags: tuple = ()):
-        return Configuration(cache, draft_steps, f"{cache}-n{draft_steps}{suffix}", flags)
+    def of(cache: str, draft_steps: int, suffix: str = "", flags: tuple = (), **more):
+        return Configuration(cache, draft_steps, f"{cache}-n{draft_steps}{suffix}", flags, **more)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Server(process.Server):
     def __init__(self, side: str, configuration: Configuration, options):
         self.side, folder = side, options.log_dir
         env = servers.environment(side == ON, probe=folder / "probe") | {"SERVER_PROBE_WEIGHTS": "decisive"}
+        env |= dict(configuration.env)
         flags = servers.flags(find_release()[0], configuration.draft_steps, configuration.cache, CAPTURED)
-        flags += servers.size_flags(servers.HERE / "model", options.context, RUNNING)
+        flags += servers.size_flags(configuration.model, options.context, RUNNING)
         flags += [
             "--max-total-tokens",
             3 * CONTEXT,

@@ -57,3 +57,16 @@ def test_a_profile_without_the_three_graphs_is_refused():
     trace.launch("gemm", "gemm")
     with pytest.raises(ValueError, match="expected graphs of 3 sizes"):
         measures({"traceEvents": trace.events})
+
+
+def test_sides_are_compared_where_both_were_profiled():
+    from benchmarks.graphs import compared
+    from sglang_nsa_fused.tools.bench.measure import Case
+
+    cases = [Case(1, 512), Case(8, 512)]
+    results = {("off", "bs1-len512"): {"steps": 20, "launches": 40.0}, ("before", "bs1-len512"): {"steps": 20, "launches": 38.0}}
+    assert compared(results, cases, 5) == []
+    results["in", "bs1-len512"] = {"steps": 19, "launches": 35.0}
+    [found] = compared(results, cases, 5)
+    assert (found["name"], found["metric"], found["samples"]) == ("n5-bs1-len512", "launches", 19)
+    assert (found["upstream"], found["before"], found["ours"]) == (40, 38, 35)
