@@ -1,10 +1,11 @@
 """Copies with their oracle: every destination lies in a poisoned buffer, and the whole buffer is compared."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
-from sglang_nsa_fused import reference
+from sglang_nsa_fused import ReplayPlan, reference
 from sglang_nsa_fused.verify import NAMES
 
 POISON = -7
@@ -53,6 +54,11 @@ class Case:
             for name, buffer, oracle in zip(NAMES, one, right):
                 assert torch.equal(buffer, oracle), f"{name} of destination {number}"
 
+    def run(self) -> None:
+        expected = self.expected()
+        ReplayPlan(self.mode, self.destinations).copy(*self.sources, *self.sizes)
+        self.check(expected)
+
     def check_untouched(self) -> None:
         assert all(bool((buffer == POISON).all()) for one in self.buffers for buffer in one)
 
@@ -77,13 +83,17 @@ def make(
     schedule: bool = False,
     draft_tokens: int = 3,
     source_pitch: int = 0,
+    guard: int = GUARD,
+    source_guard: int = 0,
     seed: int = 0,
 ) -> Case:
-    """width: the destinations' row pitch in tokens, `columns` + 16 unless given."""
+    """width: the destinations' row pitch in tokens, `columns` + 16 unless given. guards: elements before each tensor."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape):
-        return torch.randint(1, 1 << 30, shape, dtype=torch.int32, generator=generator).to(device)
+        size = source_guard + math.prod(shape)
+        drawn = torch.randint(1, 1 << 30, (size,), dtype=torch.int32, generator=generator).to(device)
+        return drawn[source_guard:].view(shape)
 
     n = bs if mode == reference.DECODE else bs * draft_tokens
     rows = n if mode != reference.DRAFT_EXTEND else max(n - 1, 0)  # accepted tokens: fewer rows than the captured ones
@@ -108,7 +118,7 @@ def make(
     destinations, buffers = [], []
     for number in range(num_dst):
         pairs = [
-            None if source is None else poisoned(shape, device, pitches.get(at, 0), GUARD + number if at in pitches else GUARD)
+            None if source is None else poisoned(shape, device, pitches.get(at, 0), guard + number if at in pitches else guard)
             for at, (source, shape) in enumerate(zip(sources, shapes))
         ]
         destinations.append([None if pair is None else pair[1] for pair in pairs])

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from cases import poisoned
+from cases import GUARD, POISON, poisoned
 
 from sglang_nsa_fused import reference
+from sglang_nsa_fused.kernels import select, workspace_sizes
 from sglang_nsa_fused.plan import ReplayPlan, Values
 from sglang_nsa_fused.reference import DECODE, DRAFT_EXTEND, TARGET_VERIFY
-from sglang_nsa_fused.verify import NAMES
+from sglang_nsa_fused.verify import NAMES, verified
 
 MODES = (DECODE, TARGET_VERIFY, DRAFT_EXTEND)
 BOUNDARIES = (0, 1, 2, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049)
@@ -48,6 +49,22 @@ class Case:
         self.plan().generate(*self.batch)
         self.check(expected)
 
+    def workspace(self, cols: int, num_sms: int) -> tuple[torch.Tensor, tuple]:
+        """(buffer, (workspace in it, rows, cols)) of this batch as a draft extend without a graph."""
+        _, _, extend_lens, bs = self.batch
+        rows = bs * self.values.num_draft_tokens if extend_lens is None else int(extend_lens[:bs].sum())
+        pages = (cols + self.values.page_size - 1) // self.values.page_size
+        schedule = 2 * (num_sms + 1) if self.values.segment_len else 0
+        sizes = workspace_sizes(bs, rows, cols, pages, schedule)
+        buffer, workspace = poisoned((sum(sizes),), self.values.req_to_token.device)
+        return buffer, (workspace, rows, cols)
+
+    def run_without_a_graph(self, cols: int, num_sms: int = 5) -> None:
+        """As a draft extend: the verify mode compares."""
+        buffer, of_call = self.workspace(cols, num_sms)
+        verified(select(buffer.device.type)).draft_extend_plan(self.values, num_sms)(*self.batch, *of_call)
+        assert bool((buffer[:GUARD] == POISON).all()) and bool((buffer[-GUARD:] == POISON).all())
+
 
 def lengths_for(bs: int, longest: int, generator: torch.Generator) -> torch.Tensor:
     """Lengths of which about half lie at the boundaries of pages, tiles, segments and the index's top k."""
@@ -72,6 +89,10 @@ def make(
     length_dtype: torch.dtype = torch.int64,
     slot_dtype: torch.dtype = torch.int64,
     topk: int = 2048,
+    page_size: int = 64,
+    pitch: int = 5,
+    guard: int = 5,
+    aliased: bool = False,
     segment_len: int = 256,
     extra_last: bool = False,
     num_sms: int = 132,
@@ -81,7 +102,9 @@ def make(
     lengths: Optional[list[int]] = None,
     seed: int = 0,
 ) -> Case:
-    """width: the tables' columns, enough for `longest` unless given. accepted: draft extend with lengths of its own."""
+    """width: the tables' columns, enough for `longest` unless given. accepted: draft extend with lengths of its own.
+    pitch: elements from the end of a row of page_table_1 to the next. guard: elements before each destination. aliased: the
+    lengths are the captured ones, as up to sglang 0.5.13."""
     generator = torch.Generator().manual_seed(seed)
     each = 1 if mode == DECODE else draft_tokens
     captured_bs = captured_bs or bs
@@ -93,7 +116,7 @@ def make(
         seq_lens = seq_lens + each
         if accepted:
             extend_lens = torch.randint(0, each + 1, (bs,), generator=generator, dtype=torch.int32)
-    rows = captured_bs * each
+    rows, pages = captured_bs * each, (width + page_size - 1) // page_size
     # Values with all bits in use, so that a shift that is no floor division shows.
     pool = torch.randint(-(2**31), 2**31, (2 * bs + 1, pool_width), generator=generator).to(torch.int32)
     slots = torch.randperm(2 * bs + 1, generator=generator)[:bs]
@@ -104,18 +127,18 @@ def make(
         (rows,),
         (rows,),
         (rows + 1,),
-        (rows, (width + 63) // 64),
+        (rows, pages),
         (rows + 1,),
         (num_sms, 8),
         (num_sms + 1, 2),
         (rows, 1),
         (rows + 1, 2),
     ]
-    pitches = {2: width + 5, 6: (width + 63) // 64 + 1}
+    pitches = {2: width + pitch, 6: pages + 1}
     destinations, buffers = [], []
     for number in range(num_dst):
         pairs = [
-            None if name in leave_out else poisoned(shape, device, pitches.get(at, 0), 6 if at == 9 else 5 + number)
+            None if name in leave_out else poisoned(shape, device, pitches.get(at, 0), guard + (1 if at == 9 else number))
             for at, (name, shape) in enumerate(zip(NAMES, shapes))
         ]
         destinations.append([None if pair is None else pair[1] for pair in pairs])
@@ -132,7 +155,7 @@ def make(
         rows,
         draft_tokens,
         topk,
-        64,
+        page_size,
         segment_len,
         extra_last,
         plan_of("flashmla_num_splits", rows + 1),
@@ -147,4 +170,9 @@ def make(
         None if extend_lens is None else extend_lens.to(device),
         bs,
     )
-    return Case(mode, values, destinations, buffers, batch)
+    case = Case(mode, values, destinations, buffers, batch)
+    if aliased:
+        captured = destinations[0][0]
+        captured[:bs] = batch[0]
+        case.batch = (captured, *batch[1:])
+    return case

@@ -6,8 +6,6 @@ import pytest
 import torch
 from cases import far_apart
 from generated import BOUNDARIES, MODES, NAMES, make
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sglang_nsa_fused import planners
 from sglang_nsa_fused.kernels import select
@@ -329,31 +327,3 @@ def test_the_plan_of_a_draft_extend_keeps_alive_what_it_points_to(device):
     assert alive() is not None
     del generate
     assert alive() is None
-
-
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_size(device, data):
-    draw = data.draw
-    longest = draw(st.integers(0, 5000))
-    num_dst = draw(st.integers(1, 5))
-    make(
-        device,
-        mode=draw(st.sampled_from(MODES)),
-        bs=draw(st.integers(1, 40)),
-        longest=longest,
-        width=longest + draw(st.integers(1, 40)),
-        pool_width=longest + draw(st.integers(1, 40)),
-        num_dst=num_dst,
-        draft_tokens=draw(st.integers(1, 8)),
-        accepted=draw(st.booleans()),
-        len_offsets=tuple(draw(st.integers(0, 4)) for _ in range(num_dst)),
-        leave_out=tuple(draw(st.sets(st.sampled_from(NAMES), max_size=9))),
-        length_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
-        topk=draw(st.sampled_from([64, 2048])),
-        topk_buckets=tuple(
-            sorted(draw(st.dictionaries(st.integers(0, 5000), st.integers(0, 40), min_size=1, max_size=8)).items())
-        ),
-        num_sms=draw(st.integers(1, 148)),
-        seed=draw(st.integers(0, 1000)),
-    ).run()

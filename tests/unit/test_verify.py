@@ -61,14 +61,11 @@ def test_lengths_that_are_their_own_destination(device):
 @pytest.mark.parametrize("segment_len", [0, 256])
 def test_draft_extends_without_a_graph(device, segment_len):
     case = generated.make(device, reference.DRAFT_EXTEND, segment_len=segment_len)
-    native, num_sms, cols = kernels.select(device), 5, 300
-    rows = int(case.batch[2].sum())
-    sizes = kernels.workspace_sizes(case.batch[3], rows, cols, 5, 2 * (num_sms + 1) if segment_len else 0)
-    workspace = torch.full((sum(sizes),), -7, dtype=torch.int32, device=device)
-    verified(native).draft_extend_plan(case.values, num_sms)(*case.batch, workspace, rows, cols)
-    engine = native._replace(draft_extend_plan=lambda *args: broken(native.draft_extend_plan(*args), workspace))
+    case.run_without_a_graph(cols=300)
+    native, (_, of_call) = kernels.select(device), case.workspace(300, 5)
+    engine = native._replace(draft_extend_plan=lambda *args: broken(native.draft_extend_plan(*args), of_call[0]))
     with pytest.raises(RuntimeError, match="nsa_cu_seqlens_k of step backend 0 differs from the reference in 1 of"):
-        verified(engine).draft_extend_plan(case.values, num_sms)(*case.batch, workspace, rows, cols)
+        verified(engine).draft_extend_plan(case.values, 5)(*case.batch, *of_call)
 
 
 def test_an_engine_that_only_copies_stays_one(device):
