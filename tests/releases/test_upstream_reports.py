@@ -1,0 +1,39 @@
+"""The reproducers of docs/upstream.md still show what it says, in each release that it names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPORTS = Path(__file__).parents[2] / "docs/upstream"
+
+
+def printed(parent, name: str) -> str:
+    path = REPORTS / f"{name}.py"
+    if parent is None:
+        ran = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    else:  # without the import of upstream's module, which takes 10 s
+        ran = parent.run(path.read_text(), dict(os.environ))
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_stale_schedule(parent, upstream):
+    if not upstream.release.draft_schedule:
+        pytest.skip(f"sglang {upstream.version} refreshes no schedule at all")
+    lines = [line for line in printed(parent, "stale_schedule").splitlines() if line.startswith("batch")]
+    assert len(lines) == 3 * 4  # batches, step backends
+    for line in lines:
+        found = re.findall(r"(schedule|top-k plan) (STALE|fresh)", line)
+        plan = "batch 40" in line and upstream.release.topk_v2_plan is not None
+        expected = "fresh" if "step 3" in line else "STALE"
+        assert found == [(what, expected) for what in ("schedule", "top-k plan")[: 1 + plan]], line
+
+
+def test_wide_table(parent, upstream):
+    if upstream.release.drop_wide_table is None:
+        pytest.skip("the top-k of this release reads the wide table")
+    assert "together: 17.18 GB as it is, 0.27 GB with speculation hidden" in printed(parent, "wide_table")
