@@ -56,7 +56,10 @@ class Step:
         copy(bs, precomputed)
 
     def init_forward_metadata(self, forward_batch):
-        if not DraftExtend.applies(forward_batch):
+        if mode_of(forward_batch.forward_mode) != reference.DRAFT_EXTEND:
+            return super().init_forward_metadata(forward_batch)
+        if reason := DraftExtend.not_ours(forward_batch):
+            self._hooks.say_eager(reason)
             return super().init_forward_metadata(forward_batch)
         if self._draft_extend is None:
             self._draft_extend = self._hooks.draft_extend(self) or self._upstreams_draft_extend

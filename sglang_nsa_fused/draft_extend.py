@@ -6,12 +6,10 @@ from types import ModuleType
 
 import torch
 
-from sglang_nsa_fused import reference
 from sglang_nsa_fused.kernels import Engine, workspace_sizes
 from sglang_nsa_fused.plan import Values
 from sglang_nsa_fused.planners import NO_FORM, Planners, ScheduleForm
 from sglang_nsa_fused.releases import Release
-from sglang_nsa_fused.replay import mode_of
 
 
 class DraftExtend:
@@ -24,14 +22,13 @@ class DraftExtend:
     """
 
     @staticmethod
-    def applies(forward_batch) -> bool:
-        """Whether this is such a batch, without the padding of data-parallel attention, which stays upstream's."""
-        return (
-            mode_of(forward_batch.forward_mode) == reference.DRAFT_EXTEND
-            and forward_batch.global_num_tokens_cpu is None
-            and forward_batch.seq_lens_cpu is not None
-            and any(forward_batch.extend_seq_lens_cpu or ())
-        )
+    def not_ours(forward_batch) -> str:
+        """Why a draft extend stays upstream's; "" where it does not."""
+        if forward_batch.global_num_tokens_cpu is not None:
+            return "data-parallel attention pads it"
+        if forward_batch.seq_lens_cpu is None:
+            return "its lengths are on the GPU alone"
+        return "" if any(forward_batch.extend_seq_lens_cpu or ()) else "it has no rows"
 
     def __init__(self, release: Release, module: ModuleType, planners: Planners, engine: Engine, backend):
         assert engine.draft_extend_plan is not None  # with another engine upstream makes it

@@ -27,6 +27,7 @@ class Hooks:
         self._upstream = getattr(module, release.backend)
         self.not_allocated = buffers.NotAllocated()
         self.decided = functools.lru_cache(None)(self._decided)
+        self.say_eager = functools.lru_cache(None)(self._say_eager)
 
     def _decided(self, device_type: str) -> tuple[Engine, Planners]:
         """Decided before the first capture: by then logging works and the device is known."""
@@ -140,6 +141,10 @@ class Hooks:
         before = len(replays) - inside - list(replays.values()).count(None)
         counts = f"in the graphs of {inside} batch sizes, before those of {before}"
         logger.info("sglang-nsa-fused: %s: the launch is %s; %d keep sglang's", runner, counts, len(replays) - inside - before)
+
+    @staticmethod
+    def _say_eager(reason: str) -> None:
+        logger.info("sglang-nsa-fused: a draft extend without a graph is sglang's own: %s", reason)
 
     def draft_extend(self, backend) -> Optional[DraftExtend]:
         """What makes the metadata of a draft extend without a graph; None: upstream does."""

@@ -22,6 +22,22 @@ def test_counts_that_are_not_all_draft_tokens_are_upstreams(upstream, deep_gemm,
     assert seen == ([] if set(counts) == {DRAFT_TOKENS} else [batch])
 
 
+@pytest.mark.parametrize(
+    "of, value, why", [("seq_lens_cpu", None, "are on the GPU alone"), ("global_num_tokens_cpu", [8, 8], "attention pads it")]
+)
+def test_what_is_upstreams_is_said_once(upstream, deep_gemm, monkeypatch, caplog, of, value, why):
+    off, on = upstream.graphs("TARGET_VERIFY", DRAFT_TOKENS)
+    batch, seen = bare.draft_extend_batch(on, upstream.module, "DRAFT_EXTEND_V2", [1, 2], [100, 100]), []
+    setattr(batch, of, value)
+    monkeypatch.setattr(upstream.classes[0], "init_forward_metadata", lambda self, batch: seen.append(batch))
+    with caplog.at_level("INFO", "sglang_nsa_fused"):
+        for _ in range(2):
+            on.init_forward_metadata(batch)
+    assert seen == [batch, batch]
+    [said] = [record.message for record in caplog.records if "draft extend without a graph is sglang's own" in record.message]
+    assert why in said
+
+
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     """What is asked of the installed planners."""
