@@ -246,11 +246,11 @@ void copy_plan(ffi::PackedArgs args, ffi::Any* result) {
 }
 
 // (owner, forward_mode, bs, rows, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor,
-// topk_buckets: threshold and most for each, req_to_token, num_splits or None, tile_metadata or None, and for each destination
-// its length offset and 12 tensors or None) -> a function that generates them and holds the owner, as copy_plan's:
+// topk_buckets: threshold and most for each, req_to_token, num_splits or None, tile_metadata or None, and 12 tensors or None
+// for each destination) -> a function that generates them and holds the owner, as copy_plan's:
 // (seq_lens, req_pool_indices, extend_lens or None, bs)
 void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
-  constexpr int kFirst = 14, kEach = 1 + kNumGenerated;
+  constexpr int kFirst = 14, kEach = kNumGenerated;
   if (args.size() < kFirst || (args.size() - kFirst) % kEach != 0)
     TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and " << std::to_string(kEach)
                              << " for each destination, got " << std::to_string(args.size());
@@ -272,8 +272,7 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   std::vector<GeneratePlan::Destination> dst(num_dst);
   for (int d = 0; d < num_dst; ++d) {
     const ffi::PackedArgs of = args.Slice(kFirst + d * kEach);
-    dst[d].len_offset = read_size(of[0], "len_offset");
-    for (int f = 0; f < kNumGenerated; ++f) dst[d].field[f] = read(of[1 + f], form_of(f), dst_name(f, d, num_dst));
+    for (int f = 0; f < kNumGenerated; ++f) dst[d].field[f] = read(of[f], form_of(f), dst_name(f, d, num_dst));
   }
   GeneratePlan plan(mode, sizes, req_to_token, num_splits, tile_metadata, std::move(dst));
   const auto generate = std::make_shared<const Generate>(std::move(plan), read.device(), count_sms(read.device()));

@@ -91,8 +91,6 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
     slot_of(p, i);
     if (all_rows > p.max_rows) refuse("extend_lens: expected at most the captured ", p.max_rows, " rows, got ", all_rows);
   }
-  int32_t table_offset = p.dst[0].len_offset;  // tables, which destinations may share, hold the longest
-  for (int d = 1; d < p.num_dst; ++d) table_offset = std::max(table_offset, p.dst[d].len_offset);
   for (int d = 0; d < p.num_dst; ++d) {
     const GenerateDst& dst = p.dst[d];
     put(dst.field[kCuSeqlensK], 0, 0);
@@ -102,9 +100,9 @@ void generate_cpu(const GenerateParams<kMaxDestinations>& p) {
     for (int i = 0; i < p.bs; ++i) {
       const int rows = p.extend_lens ? std::max(p.extend_lens[i], 0) : p.rows_per_request;
       const auto seq_len = static_cast<int32_t>(load(p.seq_lens, p.seq_lens_64, i));
-      const int32_t cache_len = seq_len + p.cache_offset + dst.len_offset;
+      const int32_t cache_len = seq_len + p.cache_offset;
       const int32_t* src = p.req_to_token + slot_of(p, i) * p.token_pitch;
-      const int64_t cols = std::min<int64_t>(seq_len + p.cache_offset + table_offset, p.token_cols);
+      const int64_t cols = std::min<int64_t>(cache_len, p.token_cols);
       put(dst.field[kCacheSeqlens], i, cache_len);
       put(dst.field[kCuSeqlensK], i + 1, cu = add(cu, cache_len));
       for (int row = 0; row < rows; ++row) {

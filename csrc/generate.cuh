@@ -50,7 +50,7 @@ __device__ void write_lengths(const GenerateParams<kCapacity>& p, const Generate
     Request r{};
     Counts mine{}, at, all;
     if (i < p.bs) {
-      r = request(p, dst.len_offset, i);
+      r = request(p, i);
       mine = {static_cast<uint32_t>(r.rows), static_cast<uint32_t>(r.cache_len), 0};
       for (int row = 0; row < r.rows; ++row) mine.nsa += min(r.len(row), p.nsa_index_topk);
     }

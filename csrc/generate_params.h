@@ -10,7 +10,6 @@ struct GenerateDst {
   int32_t* field[kNumGenerated];
   int64_t table_pitch, table_cols;  // of kPageTable1
   int64_t page_pitch, page_cols;    // of kRealPageTable
-  int32_t len_offset;
 };
 
 // Written as it is in each replay.
@@ -27,7 +26,7 @@ struct TopkBuckets {
   int32_t size;
 };
 
-// A request has rows_per_request rows, or extend_lens[i]. Its cache length is seq_lens[i] + cache_offset + len_offset;
+// A request has rows_per_request rows, or extend_lens[i]. Its cache length is seq_lens[i] + cache_offset;
 // the lengths of its rows count up to that, from row_floor where they would begin below it.
 template <int kCapacity>
 struct GenerateParams {

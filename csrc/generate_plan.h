@@ -37,7 +37,6 @@ struct Batch {
 class GeneratePlan {
  public:
   struct Destination {
-    int64_t len_offset;
     View field[kNumGenerated];
   };
 
@@ -96,7 +95,6 @@ class GeneratePlan {
     p->topk_buckets = sizes_.topk_buckets;
     p->num_splits = {num_splits_.data, static_cast<int32_t>(num_splits_.cols)};
     p->tile_metadata = {tile_metadata_.data, static_cast<int32_t>(tile_metadata_.cols)};
-    for (int d = 0; d < num_dst(); ++d) p->dst[d].len_offset = static_cast<int32_t>(dst_[d].len_offset);
     for (const Written::Tensor& w : written_) {
       GenerateDst& dst = p->dst[w.d];
       dst.field[w.f] = w.view.data;
@@ -135,7 +133,6 @@ class GeneratePlan {
     at_least("nsa_index_topk", sizes_.nsa_index_topk, 1);
     at_least("segment_len", sizes_.segment_len, 0);
     at_least("row_floor", sizes_.row_floor, INT32_MIN);
-    for (const Destination& dst : dst_) at_least("len_offset", dst.len_offset, INT32_MIN);
     constexpr int64_t kLargestPage = 1 << 20;  // the kernel shifts page numbers in 32 bits
     if (sizes_.page_size < 1 || sizes_.page_size > kLargestPage || sizes_.page_size & (sizes_.page_size - 1))
       refuse("page_size: expected a power of two up to ", kLargestPage, ", got ", sizes_.page_size);
@@ -164,7 +161,7 @@ class GeneratePlan {
     if (f == kTopkPlan && sizes_.topk_buckets.size == 0)
       refuse("topk_buckets: expected thresholds as ", name(f, d), " is given, got none");
     // So is what decode has under several names.
-    written_.add(view, f, d, [&](const Written::Tensor& earlier) { return same_values(f, d, earlier.f, earlier.d); });
+    written_.add(view, f, d, [&](const Written::Tensor& earlier) { return same_values(f, earlier.f); });
   }
 
   View need(int f, int d) const {
@@ -188,13 +185,11 @@ class GeneratePlan {
     return {true, nullptr, 1, source.cols};
   }
 
-  bool same_values(int f, int d, int g, int e) const {
+  bool same_values(int f, int g) const {
     const auto is_len = [this](int field) {
       return field == kSeqlensExpanded || field == kContextLens2d || (field == kCacheSeqlens && mode_ == Mode::kDecode);
     };
-    if (f != g && !(is_len(f) && is_len(g))) return false;
-    const bool any_len = form_of(f) == Form::kTable || f == kNumSplits || f == kTileMetadata;
-    return any_len || dst_[d].len_offset == dst_[e].len_offset;
+    return f == g || (is_len(f) && is_len(g));
   }
 
   void check_source(const Integers& source, const char* name, int64_t bs, bool may_be_captured = false) const {
@@ -203,7 +198,7 @@ class GeneratePlan {
     // The graph runner's seq_lens is the captured cache_seqlens itself up to sglang 0.5.13: the same values.
     const auto itself = [&](const Written::Tensor& w) {
       return may_be_captured && w.f == kCacheSeqlens && w.view.data == source.view.data && !source.is_64 &&
-             mode_ != Mode::kTargetVerify && dst_[w.d].len_offset == 0 && source.view.data != nullptr;
+             mode_ != Mode::kTargetVerify && source.view.data != nullptr;
     };
     written_.check_source(source.words(), {name}, itself);
   }

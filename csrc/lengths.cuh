@@ -18,9 +18,9 @@ struct Request {
 };
 
 template <int kCapacity>
-__device__ __forceinline__ Request request(const GenerateParams<kCapacity>& p, int32_t len_offset, int i) {
+__device__ __forceinline__ Request request(const GenerateParams<kCapacity>& p, int i) {
   const auto seq_len = static_cast<int32_t>(load_index(p.seq_lens, p.seq_lens_64, i));
-  return {p.extend_lens ? max(p.extend_lens[i], 0) : p.rows_per_request, seq_len + p.cache_offset + len_offset, p.row_floor};
+  return {p.extend_lens ? max(p.extend_lens[i], 0) : p.rows_per_request, seq_len + p.cache_offset, p.row_floor};
 }
 
 // A row beyond the captured ones would be written to memory that is not the table's: as wrong as an index that

@@ -33,7 +33,7 @@ __device__ void write_schedule(const GenerateParams<kCapacity>& p, const Generat
     return (static_cast<uint32_t>(r.len(row)) + p.segment_len - 1) / p.segment_len;
   };
   const auto count = [&](int i) {
-    const Request r = request(p, dst.len_offset, i);
+    const Request r = request(p, i);
     Segments sum{static_cast<uint32_t>(r.rows), 0};
     for (int row = 0; row < r.rows; ++row) sum.segments += segments(r, row);
     return sum;
@@ -66,7 +66,7 @@ __device__ void write_schedule(const GenerateParams<kCapacity>& p, const Generat
         const int middle = (low + high) / 2;
         (begins[middle].segments <= segment ? low : high) = middle;
       }
-      const Request r = request(p, dst.len_offset, first + low);
+      const Request r = request(p, first + low);
       uint32_t left = segment - begins[low].segments;
       int row = 0;
       for (; left >= segments(r, row); ++row) left -= segments(r, row);

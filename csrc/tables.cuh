@@ -58,14 +58,6 @@ __device__ __forceinline__ int slot_of(const GenerateParams<kCapacity>& p, int i
   return 0;
 }
 
-// Tables, which destinations may share, hold the longest.
-template <int kCapacity>
-__device__ __forceinline__ int32_t table_offset(const GenerateParams<kCapacity>& p) {
-  int32_t offset = p.dst[0].len_offset;
-  for (int d = 1; d < p.num_dst; ++d) offset = max(offset, p.dst[d].len_offset);
-  return offset;
-}
-
 template <int kCapacity>
 __device__ __forceinline__ int live_cols(const GenerateParams<kCapacity>& p, const Request& r) {
   return static_cast<int>(min(max(static_cast<int64_t>(r.cache_len), int64_t{0}), p.token_cols));
@@ -76,7 +68,7 @@ __device__ __forceinline__ int live_cols(const GenerateParams<kCapacity>& p, con
 template <int kCapacity>
 __device__ void write_pages(const GenerateParams<kCapacity>& p, int item, PagesShared& shared) {
   const int i = item % p.bs, slice = item / p.bs;  // the blocks that have work at short lengths come first
-  const Request r = request(p, table_offset(p), i);
+  const Request r = request(p, i);
   const int cols = live_cols(p, r), shift = p.page_shift;
   const int pages = static_cast<int>((static_cast<int64_t>(cols) + (1 << shift) - 1) >> shift);
   const int begin = slice * kTableThreads, stride = p.table_slices * kTableThreads;
@@ -184,13 +176,12 @@ __device__ __forceinline__ void write_tile(const GenerateParams<kCapacity>& p, c
 // request's rows in every destination, and blocks that run together write side by side, however the lengths differ.
 template <int kCapacity>
 __device__ void write_tables(const GenerateParams<kCapacity>& p, int item, TablesShared& mine) {
-  const int32_t len_offset = table_offset(p);
   TableCounts before{};  // of the requests that earlier rounds have served
   for (int first = 0; first < p.bs; first += kTableThreads) {
     const int i = first + threadIdx.x;
     TableCounts count{}, end, all;
     if (i < p.bs) {
-      const Request r = request(p, len_offset, i);
+      const Request r = request(p, i);
       const int cols = live_cols(p, r);
       count = {cols && r.rows ? static_cast<int>(tiles_of(cols)) : 0, static_cast<uint32_t>(r.rows)};
       mine.slot[threadIdx.x] = slot_of(p, i);
@@ -213,7 +204,7 @@ __device__ void write_tables(const GenerateParams<kCapacity>& p, int item, Table
       tile.src = p.req_to_token + mine.slot[low] * p.token_pitch;
       tile.first_row = static_cast<int>(begin.rows);
       tile.rows = static_cast<int>(mine.end[low].rows - begin.rows);
-      tile.cols = live_cols(p, request(p, len_offset, first + low));
+      tile.cols = live_cols(p, request(p, first + low));
       tile.first = (item - begin.tiles) * kTile - kLineCols;
       tile.base = tile.first - static_cast<int>((reinterpret_cast<uintptr_t>(tile.src) / 4 + tile.first) % 4);
       return tile;

@@ -28,7 +28,7 @@ __device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const Genera
   if (threadIdx.x < kMaxTopkBuckets) shared.longer[threadIdx.x] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < p.bs; i += kThreads) {
-    const Request r = request(p, dst.len_offset, i);
+    const Request r = request(p, i);
     for (int row = 0; row < r.rows; ++row)
       for (int b = 0; b < buckets.size && buckets.threshold[b] < static_cast<uint32_t>(r.len(row)); ++b)
         atomicAdd(&shared.longer[b], 1u);
@@ -44,7 +44,7 @@ __device__ void write_topk_plan(const GenerateParams<kCapacity>& p, const Genera
     Request r{};
     LongRows mine{}, at, all;
     if (i < p.bs) {
-      r = request(p, dst.len_offset, i);
+      r = request(p, i);
       mine.rows = r.rows;
       for (int row = 0; row < r.rows; ++row) mine.longer += static_cast<uint32_t>(r.len(row)) > threshold;
     }

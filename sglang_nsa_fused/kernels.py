@@ -160,11 +160,7 @@ def _native_generate_plan(mode: int, values, destinations: Sequence[Sequence[Opt
         *(values.segment_len, values.extra_last, values.row_floor),
         tuple(number for bucket in values.topk_buckets for number in bucket),
         *(values.req_to_token, values.num_splits, values.tile_metadata),
-        *(
-            argument
-            for offset, destination in zip(values.len_offsets or (0,) * len(destinations), destinations)
-            for argument in (offset, *destination)
-        ),
+        *(tensor for destination in destinations for tensor in destination),
     )
     generate.release_gil = False
     return generate

@@ -41,7 +41,6 @@ class Values(NamedTuple):
     tile_metadata: Optional[torch.Tensor] = None  # int32 [num_sm_parts, 8]
     row_floor: int = -(1 << 31)  # of draft extend: the least length of a row
     topk_buckets: tuple[tuple[int, int], ...] = ()  # (threshold, most rows) of sglang's top-k v2, rising; none: no plan of it
-    len_offsets: tuple[int, ...] = ()  # added to the lengths of each destination; none: 0
 
 
 class ReplayPlan:
@@ -97,8 +96,6 @@ class ReplayPlan:
             return
         if not isinstance(values, Values):
             raise TypeError(f"values: expected Values or None, got {type(values).__name__}")
-        if values.len_offsets and len(values.len_offsets) != len(destinations):
-            raise ValueError(f"len_offsets: expected one for each destination, got {len(values.len_offsets)}")
         if not isinstance(values.req_to_token, torch.Tensor):
             raise TypeError(f"req_to_token: expected an int32 tensor, got {type(values.req_to_token).__name__}")
         generate_plan = (engine or _native(values.req_to_token.device.type)).generate_plan

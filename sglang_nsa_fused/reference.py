@@ -41,7 +41,6 @@ def copy(mode, sources, destinations, bs, max_len, max_seqlen_k, seqlens_expande
 def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens, bs):
     """Writes what the captured graphs read of these lengths; arguments as those of `ReplayPlan` and its `generate`."""
     device = seq_lens.device
-    offsets = values.len_offsets or (0,) * len(destinations)
     each = 1 if mode == DECODE else values.num_draft_tokens
     counts = torch.full((bs,), each, device=device) if extend_lens is None else extend_lens[:bs].long().clamp(min=0)
     request = torch.repeat_interleave(torch.arange(bs, device=device), counts)
@@ -50,14 +49,14 @@ def generate(mode, values, destinations, seq_lens, req_pool_indices, extend_lens
     slots = req_pool_indices[:bs].long()
     padding = (seq_lens[:bs] <= 1) & ((slots < 0) | (slots >= len(values.req_to_token)))  # it takes the first slot
     slots = slots.masked_fill(padding, 0)[request]
-    for offset, dst in zip(offsets, destinations):
+    for dst in destinations:
         lengths, cu, table, nsa_lengths, expanded, nsa_cu, pages, splits, tiles, schedule, lengths_2d, topk_plan = dst
-        cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0) + offset).to(torch.int32)
+        cache = (seq_lens[:bs] + (each if mode == TARGET_VERIFY else 0)).to(torch.int32)
         row_lens = (cache[request] - counts[request] + 1 + nth).to(torch.int32)
         if mode == DRAFT_EXTEND:
             row_lens = row_lens.clamp(min=values.row_floor)
         nsa = row_lens.clamp(max=values.nsa_index_topk)
-        columns = (cache + max(offsets) - offset)[request].view(-1, 1)
+        columns = cache[request].view(-1, 1)
         for out, new in ((lengths, cache), (expanded, row_lens), (nsa_lengths, nsa)):
             if out is not None:
                 out[: len(new)] = new

@@ -46,7 +46,6 @@ def generate(generate_plan: Callable, device: str) -> None:
             num_splits=None,
             tile_metadata=None,
             row_floor=0,
-            len_offsets=(),
             topk_buckets=((10, 1), (100, 2)),
         )
         # A kernel of its own for one destination, and for those without page_table_1.

@@ -84,7 +84,6 @@ def make(
     num_dst: int = 1,
     draft_tokens: int = 4,
     accepted: bool = True,
-    len_offsets: tuple[int, ...] = (),
     leave_out: tuple[str, ...] = (),
     length_dtype: torch.dtype = torch.int64,
     slot_dtype: torch.dtype = torch.int64,
@@ -162,7 +161,6 @@ def make(
         plan_of("flashmla_metadata", num_sms, 8),
         row_floor,
         topk_buckets,
-        len_offsets,
     )
     batch = (
         seq_lens.to(length_dtype).to(device),

@@ -58,7 +58,6 @@ def generations(draw: Callable) -> dict:
         num_dst=num_dst,
         draft_tokens=draw(st.integers(1, 8)),
         accepted=draw(st.booleans()),
-        len_offsets=() if aliased else tuple(draw(st.integers(0, 4)) for _ in range(num_dst)),
         leave_out=tuple(leave_out),
         topk=draw(st.sampled_from([64, 2048])),
         segment_len=draw(st.sampled_from([64, 256, 512])),
@@ -75,7 +74,7 @@ def generations(draw: Callable) -> dict:
 @st.composite
 def draft_extends(draw: Callable) -> tuple[dict, dict]:
     """Arguments of generated.make, and of its case's run_without_a_graph."""
-    of_case = dict(draw(generations()), mode=DRAFT_EXTEND, num_dst=1, len_offsets=(), leave_out=(), aliased=False)
+    of_case = dict(draw(generations()), mode=DRAFT_EXTEND, num_dst=1, leave_out=(), aliased=False)
     if not draw(st.booleans()):
         of_case["segment_len"] = 0
         of_case["leave_out"] = ("paged_mqa_schedule",)

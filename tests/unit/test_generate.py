@@ -112,12 +112,6 @@ def test_many_destinations(device, mode, num_dst):
     make(device, mode, bs=6, num_dst=num_dst).run()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_length_offsets(device, mode):
-    """Step backends that see the drafted tokens: each a length of its own."""
-    make(device, mode, bs=6, num_dst=4, len_offsets=(0, 1, 2, 3), width=310).run()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_any_field_may_be_absent(device, name):
     for mode in MODES:
@@ -196,13 +190,6 @@ def test_what_step_backends_share_is_written_once(device):
     expected = case.expected()
     ReplayPlan(DECODE, case.destinations, values=case.values).generate(*case.batch)
     case.check(expected)
-
-
-def test_tables_may_be_shared_by_steps_of_unequal_lengths(device):
-    case = make(device, bs=5, num_dst=2, len_offsets=(0, 3), width=310)
-    for at in (2, 6):
-        case.destinations[1][at], case.buffers[1][at] = case.destinations[0][at], case.buffers[0][at]
-    case.run()
 
 
 @pytest.mark.parametrize("mode", [DECODE, DRAFT_EXTEND])

@@ -98,13 +98,11 @@ AT_CAPTURE = [
     (DECODE, destination("topk_v2_plan", lambda t, _: t[:-1]), ValueError, r"topk_v2_plan_dst: .* at least \[8\], got \[6\]"),
     (DECODE, value("page_size", 48), ValueError, "page_size: expected a power of two up to 1048576, got 48"),
     (DECODE, value("page_size", 1 << 30), ValueError, "page_size: expected a power of two up to 1048576, got 1073741824"),
-    (DECODE, value("len_offsets", (1 << 32,)), ValueError, "len_offset: expected -2147483648 to 2147483647, got 4294967296"),
     (DECODE, value("nsa_index_topk", 0), ValueError, "nsa_index_topk: expected 1 to"),
     (DECODE, value("rows", 4), ValueError, r"rows: expected bs \* rows per request = 3, got 4"),
     (TARGET_VERIFY, value("num_draft_tokens", 0), ValueError, "num_draft_tokens: expected 1 to"),
     (DECODE, value("req_to_token", None), TypeError, "req_to_token: expected an int32 tensor, got NoneType"),
     (DECODE, value("req_to_token", lambda v: v.req_to_token.long()), TypeError, "req_to_token: expected dtype int32, got int64"),
-    (DECODE, value("len_offsets", (0, 0)), ValueError, "len_offsets: expected one for each destination, got 2"),
 ]
 
 
@@ -183,13 +181,6 @@ def test_only_lengths_may_be_the_captured_ones(device, at, name):
     case.check_untouched()
 
 
-def test_captured_lengths_that_are_written_with_an_offset(device):
-    case = make(device, DECODE, length_dtype=torch.int32, len_offsets=(1,))
-    with pytest.raises(ValueError, match="seq_lens: .* overlaps cache_seqlens_dst"):
-        case.plan().generate(case.destinations[0][AT["cache_seqlens"]], *case.batch[1:])
-    case.check_untouched()
-
-
 @pytest.mark.parametrize("first", [0, 4])
 def test_int64_lengths_in_captured_memory(device, first):
     """Three take six words: at the captured lengths' own address, and with those only in their second half."""
@@ -253,13 +244,6 @@ def test_a_length_vector_that_is_written_otherwise(device):
     with pytest.raises(ValueError, match="seq_lens: expected memory that is not written, but it overlaps cache_seqlens_dst"):
         case.plan().generate(captured, *case.batch[1:])
     case.check_untouched()
-
-
-def test_steps_of_unequal_lengths_may_not_share_them(device):
-    case = make(device, DECODE, num_dst=2, len_offsets=(0, 1))
-    case.destinations[1][0] = case.destinations[0][0]
-    with pytest.raises(ValueError, match="cache_seqlens_dst1: expected memory of its own, but it overlaps cache_seqlens_dst0"):
-        case.plan()
 
 
 def test_an_engine_that_only_copies():
