@@ -2,7 +2,8 @@
 # make test  the tests on two cores, the kernels emulated on the host, then those with real sglang classes once for each sglang
 #            release; ARGS instead: pytest with these alone
 # make lint  ruff and mypy, clang-format, and the compiler's warnings; make format lets them write
-# make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/
+# make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/;
+#            make wheel-twice builds them again from a clone in another folder, and fails where a byte differs
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
@@ -17,7 +18,7 @@ HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_sp
 
 CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: run test lint format wheel e2e clean
+.PHONY: run test lint format wheel wheel-twice e2e clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -43,13 +44,26 @@ format: $(VENV)/lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CSRC)
 
+# $(call build,SOURCES,TO): of the time of the commit, so that the time of the build is not in it.
 # Not libtvm_ffi: the installed apache-tvm-ffi brings it, and loads it first.
+define build
+export SOURCE_DATE_EPOCH=$$(git -C $(1) log -1 --format=%ct || date +%s) PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	python -m build --outdir $(2)/raw $(1) && \
+	auditwheel repair --exclude libtvm_ffi.so --wheel-dir $(2) $(2)/raw/*.whl && \
+	mv $(2)/raw/*.tar.gz $(2) && rm -r $(2)/raw
+endef
+
 wheel: $(VENV)/release
-	rm -rf build/wheel dist
-	$(VENV)/bin/python -m build --outdir build/wheel .
-	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist build/wheel/*.whl
-	cp build/wheel/*.tar.gz dist/
+	rm -rf dist
+	$(call build,.,dist)
 	$(VENV)/bin/twine check --strict dist/*
+
+wheel-twice: wheel
+	rm -rf build/twice
+	git clone -q . build/twice/sources
+	$(call build,build/twice/sources,build/twice/dist)
+	diff -r dist build/twice/dist
+	@echo "byte for byte the same: $$(ls dist)"
 
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)

@@ -1,6 +1,6 @@
 """SGLang plugin: refreshes the sparse-attention metadata of speculative decoding in one kernel launch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Destination", "ReplayPlan", "Values", "fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"]
 

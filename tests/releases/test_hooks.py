@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_nsa_fused import plugin
+from sglang_nsa_fused import __version__, plugin
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
 from sglang_nsa_fused.tools.patch import TARGET, Installed
 
@@ -30,7 +30,7 @@ LOADER = "loader" if PLUGINS.exists() else "patch"
 LOAD = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
-from sglang_nsa_fused import plugin
+from sglang_nsa_fused import __version__, plugin
 from sglang_nsa_fused.tools import bare
 release, version = plugin.find_release()
 {before}
@@ -177,5 +177,5 @@ for steps in (3, 5):
     )
     lines = [line for line in result.stdout.splitlines() if "active" in line]
     assert len(lines) == 1, result.stdout + result.stderr
-    assert lines[0].startswith(f"INFO sglang-nsa-fused 0.1.0 active: sglang {VERSION}")
+    assert lines[0].startswith(f"INFO sglang-nsa-fused {__version__} active: sglang {VERSION}")
     assert lines[0].endswith(f"replaces {RELEASE.backend} and {RELEASE.multi_step}")
