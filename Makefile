@@ -5,6 +5,7 @@
 # make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
+# make mutants  small wrong changes, each of which must turn a test red, about six minutes; ARGS: words of those to run
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_sp
 
 CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: run test lint format wheel e2e clean
+.PHONY: run test lint format wheel e2e mutants clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -53,6 +54,9 @@ wheel: $(VENV)/release
 
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
+
+mutants: $(VENV)/plugin
+	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
 $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 	@echo "== packages, about two minutes the first time"
