@@ -6,6 +6,7 @@
 #            make wheel-twice builds them again from a clone in another folder, and fails where a byte differs
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
+# make mutants  small wrong changes, each of which must turn a test red, about six minutes; ARGS: words of those to run
 # All set everything up in .venv first. A torch and an sglang that python3 already has are used as they are.
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_sp
 
 CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: run test lint format wheel wheel-twice e2e clean
+.PHONY: run test lint format wheel wheel-twice e2e mutants clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -67,6 +68,9 @@ wheel-twice: wheel
 
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
+
+mutants: $(VENV)/plugin
+	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
 $(VENV)/packages: requirements-test.txt requirements-test-nodeps.txt
 	@echo "== packages, about two minutes the first time"

@@ -191,6 +191,16 @@ def test_a_launch_that_something_follows_stays_before(upstream, deep_gemm, runne
         assert_same_fields(off, on, bs, live)
 
 
+def test_a_warm_up_without_a_capture_leaves_it_before(upstream, deep_gemm):
+    off, on = upstream.graphs("TARGET_VERIFY", DRAFT_TOKENS)
+    on.init_forward_metadata_in_graph(bare.static_batch(on, upstream.module, "TARGET_VERIFY", 2))
+    assert not on._replays[2].in_graph
+    for backend in (off, on):
+        bare.replay_graph(backend, bare.graph_batch(backend, upstream.module, "TARGET_VERIFY", [1, 2], [5, 2100], 2))
+    live = torch.tensor([n + 1 + i for n in (5, 2100) for i in range(DRAFT_TOKENS)], device=upstream.device)
+    assert_equal_fields(*bare.both_fields(off.forward_metadata, on.forward_metadata, live))
+
+
 def test_an_error_inside_keeps_it_before_and_is_said(upstream, deep_gemm, monkeypatch, caplog):
     _, on = upstream.graphs("TARGET_VERIFY", DRAFT_TOKENS)
     batch = bare.static_batch(on, upstream.module, "TARGET_VERIFY", 2)

@@ -179,16 +179,23 @@ def test_it_is_there_where_upstreams_copies_stay(upstream, monkeypatch):
     assert all(table is not None for backend in on.attn_backends for table in tables(backend))
 
 
-def test_a_condition_of_another_form_keeps_it(upstream, deep_gemm, monkeypatch, caplog):
+@pytest.mark.parametrize("form", ["another operator", "asked elsewhere"])
+def test_a_condition_of_another_form_keeps_it(upstream, deep_gemm, monkeypatch, caplog, form):
     """As of a release that asks about speculation in another way."""
-    flag = upstream.release.drop_wide_table
+    flag, made = upstream.release.drop_wide_table, upstream.classes[0].init_cuda_graph_state
 
-    def init_cuda_graph_state(self, max_bs, max_num_tokens, made=upstream.classes[0].init_cuda_graph_state):
+    def another_operator(self, max_bs, max_num_tokens):
         made(self, max_bs, max_num_tokens)
         self.dsa_drop_wide_page_table = (
             self.dsa_drop_wide_page_table and not self.speculative_num_draft_tokens or self.speculative_num_draft_tokens == 1
         )
 
+    def asked_elsewhere(self, max_bs, max_num_tokens):
+        made(self, max_bs, max_num_tokens)
+        self.dsa_drop_wide_page_table = self.dsa_drop_wide_page_table and not self.speculative_num_draft_tokens
+        self.reads_it = self.speculative_num_draft_tokens
+
+    init_cuda_graph_state = another_operator if form == "another operator" else asked_elsewhere
     monkeypatch.setattr(upstream.classes[0], "init_cuda_graph_state", init_cuda_graph_state)
     assert buffers.drop_terms(upstream.classes[0], flag, upstream.release.draft_tokens) == ()
     on = upstream.graphs("TARGET_VERIFY", DRAFT_TOKENS)[1]
