@@ -1,4 +1,4 @@
-"""Modes of a server besides the plain one, plugin off and on, in the newest release.
+"""Modes of a server besides the plain one, plugin off and on.
 
 A mode that this sglang, or this machine, refuses without the plugin is skipped with what sglang says.
 """
@@ -70,6 +70,7 @@ MODES = {
     "memory-saver": Mode(("--enable-memory-saver",), (("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "1"),), then=release_and_resume),
     "hidden-states": Mode(("--enable-return-hidden-states",), then=hidden_states),
     "weights": Mode(then=other_weights),
+    "poisoned": Mode(env=(("SERVER_PROBE_POISON", "1"),)),
     "no-graph": Mode(("--disable-cuda-graph",), says="draft extend without a graph is sglang's own", graphs=False),
     "no-overlap": Mode(("--disable-overlap-schedule",)),
     "topk-2": Mode(("--speculative-eagle-topk", 2, "--speculative-num-draft-tokens", 8)),

@@ -4,7 +4,7 @@ from functools import partialmethod
 
 import pytest
 import torch
-from upstream import live_bytes, page_tables
+from upstream import CAPTURE_BS, live_bytes, page_tables
 
 from sglang_nsa_fused.tools.bench import probe
 
@@ -41,3 +41,13 @@ def test_bytes_of_tables_are_counted_once(upstream, deep_gemm, side, monkeypatch
 def of(backend, hook, original, *args, **kwargs):
     """As the hook registry calls it."""
     return hook(original, backend, *args, **kwargs)
+
+
+def test_poison_is_in_every_table_that_a_graph_reads(upstream, deep_gemm):
+    _, on = upstream.graphs("TARGET_VERIFY", 4)
+    for bs in CAPTURE_BS:
+        probe.poison(on, bs)
+        metadata = on.decode_cuda_graph_metadata[bs]
+        tables = [table for table in (metadata.page_table_1, metadata.real_page_table) if table is not None]
+        assert tables and all((table == probe.NO_PAGE).all() for table in tables)
+    probe.poison(on, CAPTURE_BS[-1] + 1)  # of a batch without a graph

@@ -10,6 +10,8 @@ graph of all draft steps. The GPU waits DELAY_CYCLES before it: otherwise the la
 count where the GPU has nothing else to do, and be hidden where upstream's refresh still keeps it busy.
 
 SERVER_PROBE_WEIGHTS=decisive gives both servers a model whose tokens survive the rounding of other batch sizes.
+SERVER_PROBE_POISON=1 fills the page tables that a graph reads with a page that does not exist before each refresh: what that does
+not write no graph may read.
 """
 
 import collections
@@ -31,6 +33,8 @@ DELAY_CYCLES = 4_000_000  # of the GPU's clock, 2 ms
 # deviations of theirs, and what random weights are multiplied with. Found by simulation of the model on a CPU.
 JUMPS, NEXT = 16, 3.3
 SCALES = {"q_b_proj": 1.6, "o_proj": 0.5, "down_proj": 0.25, "eh_proj": 1}
+
+POISONS, NO_PAGE = os.environ.get("SERVER_PROBE_POISON") == "1", 1 << 30
 
 _samples = collections.deque()  # its append and popleft need no lock
 _graphs = collections.deque()  # (when, bs, the events before and after)
@@ -146,7 +150,17 @@ def tables(call, *args, **kwargs):
         _start_writer()
 
 
+def poison(backend, bs: int) -> None:
+    for step in getattr(backend, "attn_backends", [backend]):
+        metadata = getattr(step, "decode_cuda_graph_metadata", {}).get(bs)
+        for name in ("page_table_1", "real_page_table"):
+            if (table := getattr(metadata, name, None)) is not None:
+                table.fill_(NO_PAGE)
+
+
 def refresh(kind: str, bs: int, call, backend, *args, **kwargs):
+    if POISONS:
+        poison(backend, bs)
     start = time.perf_counter_ns()
     result = call(backend, *args, **kwargs)
     _samples.append({"at": start, "kind": kind, "bs": bs, "ns": time.perf_counter_ns() - start})
