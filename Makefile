@@ -3,7 +3,8 @@
 #            release; ARGS instead: pytest with these alone
 # make lint  ruff and mypy, clang-format, and the compiler's warnings; make format lets them write
 # make wheel a wheel that installs without nvcc, on Linux with a glibc as new as this one's, and a source distribution, in dist/;
-#            make wheel-twice builds them again from a clone in another folder, and fails where a byte differs
+#            make wheel-twice builds them again from a clone in another folder, and fails where a byte differs; make wheel-check
+#            installs the wheel of dist/ for each python3.10 to 3.13 in PATH and runs it there; ARGS: those Pythons instead
 # make e2e   real servers with speculative decoding, plugin off and on, an hour or so; needs a GPU and all of sglang; ARGS as for
 #            pytest
 # make mutants  small wrong changes, each of which must turn a test red, about six minutes; ARGS: words of those to run
@@ -19,7 +20,7 @@ HAS = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_sp
 
 CSRC := $(shell find csrc tests/emulation -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: run test lint format wheel wheel-twice e2e mutants clean
+.PHONY: run test lint format wheel wheel-twice wheel-check e2e mutants clean
 run: $(VENV)/plugin
 	$(VENV)/bin/sglang-nsa-fused demo $(ARGS)
 
@@ -65,6 +66,9 @@ wheel-twice: wheel
 	$(call build,build/twice/sources,build/twice/dist)
 	diff -r dist build/twice/dist
 	@echo "byte for byte the same: $$(ls dist)"
+
+wheel-check: $(VENV)/packages
+	$(VENV)/bin/python tests/wheel/check.py $(ARGS)
 
 e2e: $(VENV)/plugin
 	$(VENV)/bin/pytest -s tests/e2e $(ARGS)
