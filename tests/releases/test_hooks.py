@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_nsa_fused import __version__, plugin
+from sglang_nsa_fused import __version__, plugin, releases
 from sglang_nsa_fused.settings import ALLOWLIST, GATE, REQUIRED
 from sglang_nsa_fused.tools.patch import TARGET, Installed
 
@@ -101,6 +101,7 @@ def test_without_the_gate_nothing_is_replaced_or_imported(load):
 def test_an_allowlist_without_it_keeps_it_out(start):
     result = loading(start, LOADER)(CLASSES, **{GATE: "1", ALLOWLIST: "other"})
     assert "backends imported: False" in result.stdout, result.stderr
+    assert LOADER == "patch" or "Skipping plugin nsa_fused (not in SGLANG_PLUGINS)" in result.stdout
 
 
 OTHER = """
@@ -252,3 +253,72 @@ def test_one_line_says_that_it_is_active(load):
     assert len(lines) == 1, result.stdout + result.stderr
     assert lines[0].startswith(f"INFO sglang-nsa-fused {__version__} active: sglang {VERSION}")
     assert lines[0].endswith(f"replaces {RELEASE.backend} and {RELEASE.multi_step}")
+
+
+def test_nothing_is_written_where_it_is_installed(load):
+    """Site-packages may be read-only."""
+    watch = """
+import os, sys
+written = []
+def note(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR) or event in ("os.mkdir", "os.rename"):
+        if "site-packages" in str(args[0]) and "__pycache__" not in str(args[0]):
+            written.append(args)
+            raise PermissionError(30, "Read-only file system")
+sys.addaudithook(note)
+"""
+    result = load(SERVE, "print('written:', written)", before=IMPORT + watch, **{GATE: "1"})
+    assert "written: []" in result.stdout and "WARNING" not in result.stdout, result.stdout + result.stderr
+
+
+NEWER = """
+import dataclasses, importlib.metadata, inspect, linecache, sys, textwrap
+installed, upstream = importlib.metadata.version, sys.modules[release.module]
+importlib.metadata.version = lambda name: "0.5.24" if name == "sglang" else installed(name)
+"""
+ANOTHER_FIELD = """
+metadata = getattr(upstream, release.metadata)
+more = dataclasses.make_dataclass(release.metadata, [("new_plan", int, 0)], bases=(metadata,), frozen=True)
+setattr(upstream, release.metadata, more)
+"""
+ANOTHER_CONDITION = """
+cls, term = getattr(upstream, release.backend), f"not self.{release.draft_tokens}"
+text = textwrap.dedent(inspect.getsource(cls.init_cuda_graph_state))
+text = text.replace(term, f"({term} or self.{release.draft_tokens} == 1)")
+linecache.cache["<newer>"] = len(text), None, text.splitlines(True), "<newer>"
+exec(compile(text, "<newer>", "exec"), names := dict(vars(upstream)))
+cls.init_cuda_graph_state = names["init_cuda_graph_state"]
+"""
+WIDE = "print('wide:', all(backend.decode_cuda_graph_metadata['page_table'] is not None for backend in multi.attn_backends))"
+
+
+@pytest.fixture
+def newest():
+    if RELEASE is not releases.RELEASES[-1]:
+        pytest.skip("for the newest release")
+
+
+def test_an_sglang_one_release_newer_is_tried(newest, load):
+    result = load(CLASSES, SERVE, WIDE, before=f"{IMPORT}\n{NEWER}", **{GATE: "1"})
+    assert f"\nFused{RELEASE.backend} Fused{RELEASE.multi_step}\n" in result.stdout, result.stdout + result.stderr
+    assert "active: sglang 0.5.24" in result.stdout and "wide: False" in result.stdout
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("WARNING")]
+    assert warnings == [f"WARNING sglang-nsa-fused: sglang 0.5.24 is untested; what the plugin relies on is as in {VERSION}"]
+
+
+def test_a_newer_sglang_with_more_to_refresh_is_left_alone(newest, load):
+    before = f"{IMPORT}\n{NEWER}\n{ANOTHER_FIELD}"
+    result = load(CLASSES, before=before, **{GATE: "1"})
+    assert f"\n{RELEASE.backend} {RELEASE.multi_step}\n" in result.stdout, result.stdout + result.stderr
+    finding = f"in {RELEASE.module} {RELEASE.metadata}.new_plan is new"
+    assert (
+        "WARNING sglang-nsa-fused: not active, sglang runs unchanged: sglang 0.5.24" in result.stdout and finding in result.stdout
+    )
+    result = load(before=before, **{GATE: "1", REQUIRED: "1"})
+    assert result.returncode == 1 and finding in result.stderr
+
+
+def test_a_newer_sglang_with_another_condition_keeps_its_wide_tables(newest, load):
+    result = load(CLASSES, SERVE, WIDE, before=f"{IMPORT}\n{NEWER}\n{ANOTHER_CONDITION}", **{GATE: "1"})
+    assert "active: sglang 0.5.24" in result.stdout and "wide: True" in result.stdout, result.stdout + result.stderr
+    assert result.stdout.count("WARNING sglang-nsa-fused: the wide page tables stay: ") == 1

@@ -166,6 +166,19 @@ def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
     assert engine.name == "none" and "self-check" in engine.reason
 
 
+@pytest.mark.parametrize("operation", ["_native_plan", "_native_generate_plan"])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: no kernel image is available"), torch.OutOfMemoryError("no memory")])
+def test_one_whose_first_launch_fails_is_not_chosen(select, monkeypatch, operation, error):
+    def plan(*_):
+        def launch(*_):
+            raise error
+
+        return launch
+
+    monkeypatch.setattr(kernels, operation, plan)
+    assert select("cpu") == kernels.Engine("none", reason=f"native: {error}")
+
+
 def test_nothing_is_decided_while_a_graph_is_captured(select, monkeypatch):
     tried = []
     monkeypatch.setattr(kernels.self_check, "copy", lambda *args: tried.append(args))
