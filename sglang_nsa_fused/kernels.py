@@ -1,8 +1,10 @@
 """Finds and loads the native library; thin typed functions over it. Nothing else knows tvm-ffi."""
 
 import functools
+import re
 import struct
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -32,9 +34,10 @@ LIBRARY = Path(__file__).with_name("libnsa_fused.so")
 def library():
     """The native library. Raises RuntimeError, saying why and what to do, where it cannot be loaded."""
     try:
+        tvm_ffi_version()
         import tvm_ffi
 
-        _check_whole(LIBRARY)
+        _check_file(LIBRARY)
         return tvm_ffi.load_module(str(LIBRARY))
     except Exception as error:  # a missing package, a missing file or a loader's error: all end in the same message
         raise RuntimeError(
@@ -42,13 +45,26 @@ def library():
         ) from error
 
 
-def _check_whole(path: Path) -> None:
-    """Raises ValueError for an ELF file that ends before what its headers name: to open it may end the process."""
+def tvm_ffi_version() -> str:
+    """The installed one. Raises RuntimeError where it is none that the library was built for: it may load and then crash."""
+    version = metadata.version("apache-tvm-ffi")
+    if not (0, 1, 9) <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < (0, 2):
+        raise RuntimeError(f"apache-tvm-ffi is {version}; pip install 'apache-tvm-ffi>=0.1.9,<0.2'")
+    return version
+
+
+def _check_file(path: Path) -> None:
+    """Raises ValueError for an ELF file that ends before what its headers name, since to open it may end the process, and for
+    one of another processor, which the loader takes for missing."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
             raise ValueError(f"{path}: expected a 64-bit ELF file, got {size} bytes that are none")
+        with open("/proc/self/exe", "rb") as python:
+            mine, its = (struct.unpack_from("<H", head, 18)[0] for head in (python.read(20), header))
+        if mine != its:
+            raise ValueError(f"{path}: expected ELF machine {mine} as this Python's, got {its}: it is for another processor")
         segments_at, sections_at = struct.unpack_from("<2Q", header, 32)
         segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", header, 54)
         ends = [segments_at + segment_size * segment_count, sections_at + section_size * section_count]

@@ -36,11 +36,13 @@ def install(settings, direct: bool = False) -> None:
     release, version = find_release()
     module = import_backend(release)
     names = release.backend, release.multi_step
-    if getattr(module, names[0]).__module__.startswith("sglang_nsa_fused"):
-        return  # loaded in two ways
+    registry = None if direct else _hook_registry()
+    registered = registry is not None and registry.HookRegistry.apply_hooks.__module__ == __name__
+    if registered or getattr(module, names[0]).__module__.startswith("sglang_nsa_fused"):
+        return  # loaded in two ways, or twice
     from sglang_nsa_fused.backends import subclasses
 
-    registry, ours = None if direct else _hook_registry(), dict(zip(names, subclasses(release, module, version, settings)))
+    ours = dict(zip(names, subclasses(release, module, version, settings)))
     for name, cls in ours.items():
         if registry is None:
             # Whoever makes a backend imports the class from the module as late as that.
@@ -48,28 +50,50 @@ def install(settings, direct: bool = False) -> None:
         else:
             registry.HookRegistry.register(f"{release.module}.{name}", cls, registry.HookType.REPLACE)
     if registry is not None:
-        _check_once_applied(registry.HookRegistry, module, ours, settings)
+        _check_once_applied(registry, module, ours, settings)
 
 
 def _check_once_applied(registry, module, ours: dict[str, type], settings) -> None:
-    """Of several plugins that replace a class sglang takes the last. Where that is another, one of ours alone would not do:
-    both go, and it is said."""
-    upstreams, apply_hooks = {name: getattr(module, name) for name in ours}, registry.apply_hooks
+    """Of several plugins that replace a class, or a method of ours, sglang takes the last, or the method. Where that is
+    another's, the rest of ours would not do: both classes go, and it is said."""
+    upstreams, apply_hooks = {name: getattr(module, name) for name in ours}, registry.HookRegistry.apply_hooks
 
     def apply_and_check():
+        others = _replaced_methods(registry, module.__name__, ours, upstreams)
+        if others:  # theirs belong to sglang's classes then
+            hooks = registry.HookRegistry._hooks
+            for name, cls in ours.items():
+                target = f"{module.__name__}.{name}"
+                if left := [hook for hook in hooks.pop(target, ()) if hook[1] is not cls]:
+                    hooks[target] = left
         apply_hooks()
         taken = {name: found for name, cls in ours.items() if not issubclass(found := getattr(module, name), cls)}
         if not taken:
             return
         for name in ours.keys() - taken.keys():
             setattr(module, name, upstreams[name])
-        others = ", ".join(f"{name} with {found.__module__}.{found.__qualname__}" for name, found in taken.items())
-        finding = f"another plugin replaces {others}, and sglang takes the last; leave one of them out of SGLANG_PLUGINS"
+        if not others:
+            others = [f"{name} with {found.__module__}.{found.__qualname__}" for name, found in taken.items()]
+        finding = (
+            f"another plugin replaces {', '.join(others)}, and sglang takes the last; leave one of them out of SGLANG_PLUGINS"
+        )
         if settings.required:
             raise SystemExit(f"sglang-nsa-fused: not active: {finding}")
         logger.warning("sglang-nsa-fused: not active: %s", finding)
 
-    registry.apply_hooks = staticmethod(apply_and_check)
+    registry.HookRegistry.apply_hooks = staticmethod(apply_and_check)
+
+
+def _replaced_methods(registry, module: str, ours: dict[str, type], upstreams: dict[str, type]) -> list[str]:
+    """What ours override and another plugin replaces. Where it only wraps a method, ours stays inside."""
+    hooks, found = getattr(registry.HookRegistry, "_hooks", {}), []  # nothing public tells
+    for name, cls in ours.items():
+        bases = cls.__mro__[: cls.__mro__.index(upstreams[name])]
+        for method in sorted({method for base in bases for method in vars(base)}):
+            kinds = [hook[0] for hook in hooks.get(f"{module}.{name}.{method}", ())]
+            if registry.HookType.REPLACE in kinds:
+                found.append(f"{name}.{method}")
+    return found
 
 
 def _hook_registry():

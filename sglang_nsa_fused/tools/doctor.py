@@ -58,13 +58,6 @@ def _torch() -> str:
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
 
 
-def _tvm_ffi() -> str:
-    version = metadata.version("apache-tvm-ffi")
-    if not (0, 1, 9) <= tuple(int(part) for part in version.split(".")[:3]) < (0, 2):
-        raise plugin.Unsupported(f"{version}; pip install 'apache-tvm-ffi>=0.1.9,<0.2'")
-    return version
-
-
 def _sglang() -> str:
     release, version = plugin.find_release()
     if releases.find(version) is None:
@@ -148,7 +141,7 @@ def _upstream() -> str:
 _CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("Python", _python),
     ("torch", _torch),
-    ("tvm-ffi", _tvm_ffi),
+    ("tvm-ffi", kernels.tvm_ffi_version),
     ("sglang", _sglang),
     ("entry point", _entry_point),
     ("loader", _loader),

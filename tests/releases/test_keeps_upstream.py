@@ -1,6 +1,9 @@
 """What differs on some GPUs and servers, and what the plugin leaves to upstream."""
 
 import dataclasses
+import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +130,7 @@ def test_a_top_k_plan_that_is_unwritten_is_left_so(upstream, monkeypatch):
         (AssertionError(), "AssertionError: "),
         (KeyError("sms"), "KeyError: 'sms'"),
         (OSError("no nvcc"), "OSError: no nvcc"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
     ],
 )
 def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstream, deep_gemm, monkeypatch, caplog, error, said):
@@ -138,6 +142,32 @@ def test_a_planner_that_fails_at_capture_leaves_the_batch_size_upstreams(upstrea
     off, on = upstream.graphs("TARGET_VERIFY", 4)
     assert set(on._replays.values()) == {None}
     assert f"batch size 8 keeps upstream's replay: {said}" in caplog.text
+
+
+def test_a_signal_in_a_capture_ends_the_process(upstream, deep_gemm, monkeypatch):
+    """As any exception that is no Exception."""
+    monkeypatch.setattr(planners.Planners, "schedule_form", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with pytest.raises(SystemExit, match="terminated"):
+            upstream.graphs("TARGET_VERIFY", 4)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_out_of_memory_in_upstreams_part_of_a_capture_is_upstreams(upstream, deep_gemm, monkeypatch):
+    """It leaves the backends as they were: the draft tokens and all but the first step were hidden from it."""
+    on, (_, step) = upstream.multi(upstream.fused(), 4), upstream.graphs("TARGET_VERIFY", 4)
+    before = [list(on.attn_backends), on.speculative_num_steps, getattr(step, upstream.release.draft_tokens)]
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(upstream.classes[0], "init_cuda_graph_state", fails)
+    for backend in (on, step):
+        with pytest.raises(torch.OutOfMemoryError):
+            backend.init_cuda_graph_state(8, 8 * 4)
+    assert [on.attn_backends, on.speculative_num_steps, getattr(step, upstream.release.draft_tokens)] == before
 
 
 def test_steps_that_cannot_be_compared_have_buffers_of_their_own(upstream, deep_gemm, monkeypatch, caplog):

@@ -13,6 +13,7 @@ import torch
 
 from sglang_nsa_fused import ReplayPlan, kernels, reference
 from sglang_nsa_fused.kernels import library as load_library
+from sglang_nsa_fused.tools import doctor
 
 
 def library_path() -> str:
@@ -60,6 +61,38 @@ for path in sys.argv[1:]:
     assert all(re.search(r"cannot be loaded \(ValueError: .*expected .* got \d+", line) for line in done.stdout.splitlines())
     assert len(done.stdout.splitlines()) == len(sizes)
     assert f"{len(whole) - 1}.so: expected {len(whole)} bytes, got {len(whole) - 1}" in done.stdout
+
+
+def test_one_for_another_processor_is_named(tmp_path):
+    """The loader would say that there is no such file."""
+    other = bytearray(Path(library_path()).read_bytes())
+    mine, other[18:20] = int.from_bytes(other[18:20], "little"), (183).to_bytes(2, "little")  # of aarch64
+    (tmp_path / "other.so").write_bytes(other)
+    code = """
+import sys
+from pathlib import Path
+from sglang_nsa_fused import kernels
+kernels.LIBRARY = Path(sys.argv[1])
+print(kernels.select("cpu").reason)
+"""
+    done = python(code, tmp_path / "other.so", cwd=tmp_path)
+    text = f"other.so: expected ELF machine {mine} as this Python's, got 183: it is for another processor)"
+    assert text in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", ["0.1.8", "0.2.0", "1.0"])
+def test_a_tvm_ffi_that_it_was_not_built_for_is_not_loaded(monkeypatch, version):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    text = rf"apache-tvm-ffi is {version}; pip install 'apache-tvm-ffi>=0.1.9,<0.2'"
+    with pytest.raises(RuntimeError, match=rf"the native library cannot be loaded \(RuntimeError: {text}\)"):
+        load_library.__wrapped__()
+    assert doctor._outcome(dict(doctor._CHECKS)["tvm-ffi"]) == (False, text)
+
+
+@pytest.mark.parametrize("version", ["0.1.9", "0.1.10.dev3", "0.1.12rc1"])
+def test_a_tvm_ffi_that_it_was_built_for(monkeypatch, version):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert kernels.tvm_ffi_version() == version
 
 
 @pytest.mark.parametrize("spoil", ["mode", "link", "file"])
@@ -131,6 +164,19 @@ def test_a_library_that_copies_wrongly_is_not_chosen(monkeypatch):
     engine = kernels.select("cpu")
     kernels.select.cache_clear()
     assert engine.name == "none" and "self-check" in engine.reason
+
+
+@pytest.mark.parametrize("operation", ["_native_plan", "_native_generate_plan"])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: no kernel image is available"), torch.OutOfMemoryError("no memory")])
+def test_one_whose_first_launch_fails_is_not_chosen(select, monkeypatch, operation, error):
+    def plan(*_):
+        def launch(*_):
+            raise error
+
+        return launch
+
+    monkeypatch.setattr(kernels, operation, plan)
+    assert select("cpu") == kernels.Engine("none", reason=f"native: {error}")
 
 
 def test_nothing_is_decided_while_a_graph_is_captured(select, monkeypatch):
