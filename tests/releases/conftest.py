@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+import triton_kernels
 from forked import Parent
 
 from sglang_nsa_fused import plugin
@@ -11,6 +12,7 @@ from sglang_nsa_fused.tools import bare, torch_forms
 PARENT = None
 if not torch.cuda.is_available():
     torch.set_num_threads(1)  # small tensors, and a fork has no threads
+    triton_kernels.prepare()
     bare.import_upstream(plugin.find_release()[0], "cpu")
     if "sglang_nsa_fused.backends" not in sys.modules:  # else tests of other folders run in this process too
         PARENT = Parent()  # before anything else of the plugin is imported

@@ -1,5 +1,9 @@
 """Our schedule and FlashMLA's constants stand in for the installed planners only while they give the same."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from upstream import CAPTURE_BS, after, assert_equal_fields, assert_same_fields, batches, steps
@@ -108,3 +112,18 @@ def test_enough_vectors_are_compared():
     assert {0, 1, 63, 65, 127, 129, 255, 257, 1 << 18} <= values
     assert sum(len(vector.unique()) > 3 for vector in vectors) > 20
     assert all(vector.any() for rows in (1, 7, 32) for vector in planners.length_vectors(rows, "cpu"))
+
+
+def test_what_is_recorded_on_a_gpu(upstream, monkeypatch):
+    """Over the stand-ins, so that the script works when there is a GPU."""
+    if upstream.device == "cuda":
+        pytest.skip("the script itself compiles kernels for other numbers of SMs")
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "golden"), *sys.path])
+    record = importlib.import_module("record")
+    arrays, failed = record.everything(upstream.release, upstream.module, upstream.device)
+    assert not failed
+    kinds = ["flashmla", "schedule"] + ["topk"] * (upstream.release.build_topk_v2_plan is not None)
+    assert sorted({name.partition("/")[0] for name in arrays}) == kinds
+    for name in (name for name in arrays if name.endswith("plans")):
+        lengths, plans = arrays[name.replace("plans", "lengths")], arrays[name]
+        assert len(lengths) == len(plans) >= 8 and plans.any()
