@@ -1,5 +1,7 @@
 """Replays of random batches, as many as of hours on a server; every thousandth is compared with the reference.
 
+The GPU's memory is watched, so nothing else may run on it.
+
 SGLANG_NSA_FUSED_TEST_COUNT=1000000 pytest -s tests/gpu/test_soak.py
 """
 
