@@ -7,7 +7,7 @@ from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
 NAME = re.compile(
     r"(?:(?P<kind>draft|verify|extend)-)?n(?P<draft_steps>\d+)-bs(?P<batch>\d+)-len(?P<length>\d+)(?:-width(?P<width>\d+))?"
-    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?P<in_graph>-graph)?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?(?P<within>-within)?(?P<control>-control)?"
+    r"(?:-(?P<cache>bf16|fp8|flashmla))?(?P<in_graph>-graph)?(?:-layers(?P<layers>\d+))?(?P<one_core>-1core)?"
     r"(?:-(?P<refresh>draft|verify|extend))?"
 )
 
@@ -22,8 +22,6 @@ class Case:
     layers: int
     in_graph: bool  # the plugin's launch is a node of the graph
     one_core: bool
-    within: bool  # one server is both sides
-    control: bool  # both sides without the plugin: what --pairs has replaced
     width: int  # of the tables that a refresh writes; 0 for a server's, and in names from before it varied
     length: int
     batch: int
@@ -39,5 +37,5 @@ def parse(name: str) -> Case:
         raise ValueError(f"{name}: not a case of benchmarks.replay or benchmarks.server")
     number = {key: int(found[key]) for key in ("draft_steps", "batch", "length")}
     text = {key: found[key] or "" for key in ("kind", "cache", "refresh")}
-    flags = {flag: bool(found[flag]) for flag in ("in_graph", "one_core", "within", "control")}
+    flags = {flag: bool(found[flag]) for flag in ("in_graph", "one_core")}
     return Case(**number, **text, **flags, layers=int(found["layers"] or LAYERS), width=int(found["width"] or 0))

@@ -27,14 +27,18 @@ OF_REFRESHES = {
 }
 PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md", "docs/memory.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
-FULL_STEPS = (20, 30, 40)  # ms on the GPU, assumed, of a step of a 61-layer model
-# What the README shows of a release's servers.
+MODELS_RUN = {"model-v32-rank8": "DeepSeek-V3.2", "model-glm52-rank8": "GLM-5.2"}  # one rank of eight, at full depth
+# What the pages show of a release's servers with the small model.
 SHOWN = {
+    "h200-0.5.23-wide": (
+        "n5-bs8-len512-width1048576-bf16",
+        "n5-bs64-len512-width1048576-bf16",
+        "n5-bs64-len512-width163840-bf16",
+    ),
     "h100-0.5.12.post1": (
         "n4-bs1-len512-bf16",
         "n4-bs8-len512-bf16",
         "n4-bs32-len512-bf16",
-        "n4-bs1-len32768-bf16",
         "n4-bs1-len131072-bf16",
         "n4-bs1-len131072-fp8",
         "n2-bs1-len512-bf16",
@@ -49,25 +53,11 @@ SHOWN = {
         "n4-bs1-len131072-bf16",
         "n4-bs1-len131072-fp8",
     ),
-    "h100-0.5.17-steps-layers-core": (
-        "n2-bs1-len512-bf16",
-        "n7-bs1-len512-bf16",
-        "n4-bs1-len512-bf16-layers8",
-        "n4-bs1-len512-bf16-1core",
-    ),
+    "h100-0.5.17-steps-layers-core": ("n7-bs1-len512-bf16", "n4-bs1-len512-bf16-layers8", "n4-bs1-len512-bf16-1core"),
     "h100-0.5.17-long": ("n7-bs1-len131072-bf16",),
-    "h100-0.5.17-one-server": ("n7-bs1-len512-bf16-within",),
-    "h200-0.5.17-rank8": (
-        "n5-bs1-len512-width163840-bf16-layers61",
-        "n5-bs8-len512-width163840-bf16-layers61",
-        "n5-bs64-len512-width163840-bf16-layers61",
-    ),
-    "h200-0.5.23-wide": (
-        "n5-bs8-len512-width1048576-bf16",
-        "n5-bs64-len512-width1048576-bf16",
-        "n5-bs64-len512-width163840-bf16",
-    ),
 }
+# And of its refreshes alone: those of four draft steps, a bf16 cache and these batch sizes.
+SHOWN_BATCHES = (1, 64)
 
 
 def load(what: str, of: str) -> dict:
@@ -90,28 +80,22 @@ def steps(results: dict) -> dict[str, dict]:
     return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
 
 
-def server(of: str) -> str:
-    results = load("server", of)
-    host, graph = by_name(results, "host_us"), by_name(results, "gpu_draft_us")
+def full(of: str) -> str:
+    """Servers with a model of full depth. of: result files, with commas between."""
     rows = []
-    for case in steps(results).values():
-        spread = [
-            f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in ("upstream", "ours")
-        ]
-        kinds = [host.get(f"{case['name']}-{kind}") for kind in ("draft", "verify", "extend")]
-        refreshes = [f"{one['upstream']:.0f} → {one['ours']:.0f}" if one else "" for one in kinds]
-        gpu = graph.get(case["name"])
-        rows.append(
-            [
-                case["name"],
-                *spread,
-                f"{case['ratio']:.2f}",
-                *refreshes,
-                f"{gpu['upstream'] / 1e3:.2f} → {gpu['ours'] / 1e3:.2f}" if gpu else "",
-            ]
-        )
-    header = ["case", "step ms, sglang", "with the plugin", "ratio", "draft us", "verify us", "extend us", "draft graph, GPU ms"]
-    return rows_of(header, rows)
+    for name in of.split(","):
+        results = load("server", name)
+        tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
+        for case in steps(results).values():
+            at = parse(case["name"])
+            held = tables[case["name"].replace(f"-bs{at.batch}-len{at.length}", "")]
+            row = [MODELS_RUN[results["model"]], f"{at.draft_steps}, {at.width:,}", f"{at.batch} x {at.length:,}"]
+            row.append(" → ".join(f"{held[side] / 2**30:.2f}" for side in SIDES))
+            times = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in SIDES]
+            starts = " and ".join(str(len(case["processes"][side])) for side in SIDES)
+            rows.append([results["sglang"], *row, *times, f"{case['ratio']:.2f}", starts])
+    header = ["sglang", "model", "draft steps, context", "batch x tokens", "GiB of tables"]
+    return rows_of([*header, "step ms, sglang", "with the plugin", "times", "starts"], rows)
 
 
 def replay(of: str) -> str:
@@ -120,6 +104,9 @@ def replay(of: str) -> str:
     others = {metric: found for metric in OF_REFRESHES if (found := by_name(results, metric))}
     rows = []
     for name, case in by_name(results, "host_us").items():
+        at = parse(name)
+        if at.draft_steps != 4 or at.cache or at.batch not in SHOWN_BATCHES:
+            continue
         row = [name, f"{case['upstream']:.0f} → {case['ours']:.0f}", f"{case['ratio']:.1f}"]
         for metric, found in others.items():
             _, digits, unit = OF_REFRESHES[metric]
@@ -129,15 +116,14 @@ def replay(of: str) -> str:
 
 
 def gain(of: str) -> str:
-    """Of the releases of SHOWN whose names begin so."""
+    """of: those of SHOWN, with commas between."""
     rows = []
-    for release, names in SHOWN.items():
-        if release.startswith(of):
-            results = load("server", release)
-            found = steps(results)
-            for case in (found[name] for name in names):
-                values = [f"{case[side]:.1f} ms" for side in ("upstream", "ours")]
-                rows.append([results["sglang"], words(parse(case["name"])), *values, f"{case['ratio']:.2f}"])
+    for release in of.split(","):
+        results = load("server", release)
+        found = steps(results)
+        for case in (found[name] for name in SHOWN[release]):
+            values = [f"{case[side]:.1f} ms" for side in SIDES]
+            rows.append([results["sglang"], words(parse(case["name"])), *values, f"{case['ratio']:.2f}"])
     return rows_of(["sglang", "server", "step, sglang", "with the plugin", "times"], rows)
 
 
@@ -145,28 +131,7 @@ def words(of: Case) -> str:
     """What a server's case is, but for what the README says of all."""
     batch = f"batch {of.batch}, {of.length:,} tokens, {of.draft_steps} draft steps, {of.cache}"
     batch += f", context {of.width:,}" * (of.width > 0)
-    return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core + ", in one server" * of.within
-
-
-def estimate(of: str) -> str:
-    """What a step saved with the most layers measured, and what the draft graph saves by its schedule at a length on top, which
-    no layer of the target changes; and their share of a step that takes so long on the GPU."""
-    results = load("server", of)
-    all_steps, graphs = steps(results), by_name(results, "gpu_draft_us")
-    most = max(parse(name).layers for name in all_steps)
-    rows = []
-    for name, case in all_steps.items():
-        if (base := parse(name)).layers == most:
-            saved = case["upstream"] - case["ours"]
-            rows.append(row_of(name, saved))
-            for other, graph in graphs.items():
-                if (at := parse(other)).but(length=0) == base.but(length=0, layers=LAYERS) and at.length > base.length:
-                    rows.append(row_of(f"{name}, schedule of {other}", saved + (graph["upstream"] - graph["ours"]) / 1e3))
-    return rows_of(["case", "saved ms", *(f"of {step} ms + saved" for step in FULL_STEPS)], rows)
-
-
-def row_of(name: str, saved: float) -> list[str]:
-    return [name, f"{saved:.2f}", *(f"{saved / (step + saved):.1%}" for step in FULL_STEPS)]
+    return batch + f", {of.layers} layers" * (of.layers != LAYERS) + ", on one core" * of.one_core
 
 
 def models(of: str) -> str:
@@ -202,7 +167,7 @@ def fraction(of: str) -> str:
 
 
 def graphs(of: str) -> str:
-    """A step of a server whose launches are before the graphs, and in them."""
+    """A step of a server whose launches are before the graphs, and in them ("in" in a file without sglang's own side)."""
     found: dict[str, dict[str, dict]] = {}
     for one in load("graphs", of)["cases"]:
         found.setdefault(one["name"], {})[one["metric"]] = one
@@ -216,17 +181,19 @@ def graphs(of: str) -> str:
     }
     rows = []
     for name, of_case in found.items():
-        values = [" → ".join(f"{of_case[m][way]:.{digits}f}" for way in ("before", "in")) for m, (_, digits) in metrics.items()]
+        values = [
+            " → ".join(f"{of_case[m][way]:.{digits}f}" for way in ("before", "in" if "in" in of_case[m] else "ours"))
+            for m, (_, digits) in metrics.items()
+        ]
         rows.append([name, *values])
     return rows_of(["case", *(label for label, _ in metrics.values())], rows)
 
 
 TABLES = {
     "graphs": graphs,
-    "server": server,
+    "full": full,
     "replay": replay,
     "gain": gain,
-    "estimate": estimate,
     "models": models,
     "memory": memory,
     "fraction": fraction,

@@ -7,11 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.cases import Case, parse
-from benchmarks.pages import load
+from benchmarks.kv_cache import MODELS
+from benchmarks.pages import MODELS_RUN, load
+from sglang_nsa_fused.tools import table_memory
 from sglang_nsa_fused.tools.bench.plots import draw, save
+from sglang_nsa_fused.tools.bench.record import SIDES
 
 DOCS = Path(__file__).parents[1] / "docs"
-REPLAYS, SERVERS = ("h100-0.5.12.post1", "h200-0.5.23"), ("h100-0.5.12.post1", "h100-0.5.17")
+REPLAYS, SMALL = ("h100-0.5.12.post1", "h200-0.5.23"), "h100-0.5.12.post1"
+FULL = ("h100-0.5.23-rank8-n3", "h100-0.5.23-glm52-rank8")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
@@ -54,15 +58,34 @@ def step_along(cases: list[tuple[Case, dict]], dimension: str):
     return partial(draw, groups=groups, title=shared, xlabel=DIMENSIONS[dimension][0], ylabel="step, ms") if groups else None
 
 
+def full_depth(results: dict):
+    """A panel: the step of one rank of eight."""
+    found = of_metric(results, "decode_step_ms")
+    at, _ = found[0]
+    title = f"{MODELS_RUN[results['model']]}, {at.draft_steps} draft steps, context {at.width:,}"
+    groups = {f"{at.length:,} tokens": [(of.batch, case) for of, case in found]}
+    return partial(draw, groups=groups, title=title, xlabel="batch", ylabel="step, ms")
+
+
+def tables_by_batch(axes) -> None:
+    """Computed, as benchmarks.pages' table of them."""
+    groups: dict[str, list] = {}
+    for model in MODELS:
+        for bs in (32, 64, 128, 256):
+            held = table_memory.total(table_memory.tables(model.context, bs, model.draft_tokens))
+            groups.setdefault(model.name, []).append((bs, {side: getattr(held, side) / 2**30 for side in SIDES}))
+    draw(axes, groups, "Page tables of the graphs, a GPU", "graphs up to batch", "GiB")
+
+
 def main(folder: Path = DOCS) -> None:
     for release in REPLAYS:
         gpu = of_metric(replays := load("replay", release), "gpu_us")
         save(replays, folder / f"gpu-{release}.png", *(partial(gpu_by_batch, gpu, kind) for kind in KINDS))
-    for release in SERVERS:
-        servers = load("server", release)
-        steps = of_metric(servers, "decode_step_ms") or of_metric(servers, "step_ms")
-        panels = [panel for dimension in DIMENSIONS if (panel := step_along(steps, dimension))]
-        save(servers, folder / f"step-{release}.png", *panels)
+    servers = load("server", SMALL)
+    steps = of_metric(servers, "decode_step_ms")
+    save(servers, folder / f"step-{SMALL}.png", *(panel for of in DIMENSIONS if (panel := step_along(steps, of))))
+    full = [load("server", name) for name in FULL]
+    save(full[0], folder / "gain-h100-0.5.23.png", tables_by_batch, *map(full_depth, full))
 
 
 if __name__ == "__main__":
