@@ -8,9 +8,9 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
-#include "checks.h"
-#include "generate_params.h"
+#include "generate_plan.h"
 
 namespace nsa_fused {
 
@@ -103,6 +103,34 @@ inline int64_t read_size(ffi::AnyView arg, const char* name) {
   const auto value = arg.try_cast<int64_t>();
   if (!value) TVM_FFI_THROW(TypeError) << to_text(name) << ": expected an integer, got " << arg.GetTypeKey();
   return *value;
+}
+
+inline void check_count(ffi::PackedArgs args, int expected, const char* function) {
+  if (args.size() != expected)
+    TVM_FFI_THROW(TypeError) << function << ": expected " << std::to_string(expected) << " arguments, got "
+                             << std::to_string(args.size());
+}
+
+// args: num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor
+inline GenerateSizes read_sizes(ffi::PackedArgs args) {
+  GenerateSizes sizes{};
+  sizes.num_draft_tokens = read_size(args[0], "num_draft_tokens");
+  sizes.nsa_index_topk = read_size(args[1], "nsa_index_topk");
+  sizes.page_size = read_size(args[2], "page_size");
+  sizes.segment_len = read_size(args[3], "segment_len");
+  sizes.extra_last = read_size(args[4], "extra_last") != 0;
+  sizes.row_floor = read_size(args[5], "row_floor");
+  return sizes;
+}
+
+// args: seq_lens, req_pool_indices, extend_lens or None, bs
+inline Batch read_batch(ffi::PackedArgs args, Reader& read) {
+  Batch batch;
+  std::tie(batch.seq_lens.view, batch.seq_lens.is_64) = read.integers(args[0], {"seq_lens"});
+  std::tie(batch.req_pool_indices.view, batch.req_pool_indices.is_64) = read.integers(args[1], {"req_pool_indices"});
+  batch.extend_lens = read(args[2], Form::kVector, {"extend_lens"});
+  batch.bs = read_size(args[3], "bs");
+  return batch;
 }
 
 }  // namespace nsa_fused

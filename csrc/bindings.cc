@@ -3,7 +3,6 @@
 
 #include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,12 +25,6 @@ namespace {
 constexpr int kUpstreamFields = kSchedule;         // sglang's own signature has no schedule
 constexpr int kMultiFields = kUpstreamFields - 1;  // and for several destinations no expanded lengths
 constexpr int kMultiDestinations = 3;
-
-void check_count(ffi::PackedArgs args, int expected, const char* function) {
-  if (args.size() != expected)
-    TVM_FFI_THROW(TypeError) << function << ": expected " << std::to_string(expected) << " arguments, got "
-                             << std::to_string(args.size());
-}
 
 #ifdef NSA_FUSED_CUDA_ARCHS
 // launch: (cudaStream_t) -> cudaError_t
@@ -96,16 +89,6 @@ struct Copy {
 #endif
 };
 
-// args: seq_lens, req_pool_indices, extend_lens or None, bs
-Batch read_batch(ffi::PackedArgs args, Reader& read) {
-  Batch batch;
-  std::tie(batch.seq_lens.view, batch.seq_lens.is_64) = read.integers(args[0], {"seq_lens"});
-  std::tie(batch.req_pool_indices.view, batch.req_pool_indices.is_64) = read.integers(args[1], {"req_pool_indices"});
-  batch.extend_lens = read(args[2], Form::kVector, {"extend_lens"});
-  batch.bs = read_size(args[3], "bs");
-  return batch;
-}
-
 // Of a GPU; 1 for the CPU.
 int count_sms([[maybe_unused]] DLDevice device) {
   int count = 1;
@@ -153,38 +136,6 @@ struct Generate {
   }
 #endif
 };
-
-// So that no product of two is beyond 64 bits.
-void check_workspace_size(const char* name, int64_t value) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  if (value < 1 || value > kMost) refuse(name, ": expected 1 to ", kMost, ", got ", value);
-}
-
-// A draft extend's tensors in its workspace, see draft_extend_plan.
-std::vector<GeneratePlan::Destination> split_workspace(const View& workspace, const GenerateSizes& sizes, int64_t cols,
-                                                       int64_t num_sms) {
-  const int64_t bs = sizes.bs, rows = sizes.rows;
-  check_workspace_size("rows", rows);
-  check_workspace_size("cols", cols);
-  check_workspace_size("bs", bs);
-  std::vector<GeneratePlan::Destination> dst(1);
-  int64_t used = 0;
-  const auto place = [&](int f, int64_t rows, int64_t cols) {
-    dst[0].field[f] = {true, workspace.data + used, rows, cols, cols};
-    used += rows * cols;
-  };
-  if (sizes.segment_len) place(kSchedule, 1, 2 * (num_sms + 1));
-  place(kPageTable1, rows, cols);
-  place(kRealPageTable, rows, (cols + sizes.page_size - 1) / sizes.page_size);
-  place(kCacheSeqlens, 1, bs);
-  place(kCuSeqlensK, 1, bs + 1);
-  place(kSeqlensExpanded, 1, rows);
-  place(kNsaCacheSeqlens, 1, rows);
-  place(kNsaCuSeqlensK, 1, rows + 1);
-  if (!workspace.given) refuse("workspace: expected an int32 tensor, got None");
-  if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
-  return dst;
-}
 
 // (9 sources, 9 destinations, forward_mode, bs, max_len, max_seqlen_k, seqlens_expanded_size)
 void fused_metadata_copy(ffi::PackedArgs args, ffi::Any*) {
@@ -255,15 +206,10 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
     TVM_FFI_THROW(TypeError) << "generate_plan: expected " << std::to_string(kFirst) << " arguments and " << std::to_string(kEach)
                              << " for each destination, got " << std::to_string(args.size());
   const Mode mode = to_mode(read_size(args[1], "forward_mode"));
-  const GenerateSizes sizes{read_size(args[2], "bs"),
-                            read_size(args[3], "rows"),
-                            read_size(args[4], "num_draft_tokens"),
-                            read_size(args[5], "nsa_index_topk"),
-                            read_size(args[6], "page_size"),
-                            read_size(args[7], "segment_len"),
-                            read_size(args[8], "extra_last") != 0,
-                            read_size(args[9], "row_floor"),
-                            read_topk_buckets(args[10])};
+  GenerateSizes sizes = read_sizes(args.Slice(4));
+  sizes.bs = read_size(args[2], "bs");
+  sizes.rows = read_size(args[3], "rows");
+  sizes.topk_buckets = read_topk_buckets(args[10]);
   Reader read;
   const View req_to_token = read(args[11], Form::kTable, {"req_to_token"});
   const View num_splits = read(args[12], Form::kVector, {"flashmla_num_splits"});
@@ -284,7 +230,7 @@ void generate_plan(ffi::PackedArgs args, ffi::Any* result) {
   *result = to_python(replay);
 }
 
-// (owner, req_to_token, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, num_sms, row_floor) -> a
+// (owner, req_to_token, num_draft_tokens, nsa_index_topk, page_size, segment_len, extra_last, row_floor, num_sms) -> a
 // function that generates a draft extend's metadata and holds the owner, as copy_plan's: (seq_lens, req_pool_indices,
 // extend_lens or None, bs, workspace, rows, cols). The tensors lie one after another in the workspace: schedule
 // [num_sms + 1, 2] if segment_len is not 0, page_table_1 [rows, cols], real_page_table [rows, pages], cache_seqlens [bs],
@@ -293,16 +239,8 @@ void draft_extend_plan(ffi::PackedArgs args, ffi::Any* result) {
   check_count(args, 9, "draft_extend_plan");
   Reader read;
   const View req_to_token = read(args[1], Form::kTable, {"req_to_token"});
-  const GenerateSizes sizes{0,
-                            0,
-                            read_size(args[2], "num_draft_tokens"),
-                            read_size(args[3], "nsa_index_topk"),
-                            read_size(args[4], "page_size"),
-                            read_size(args[5], "segment_len"),
-                            read_size(args[6], "extra_last") != 0,
-                            read_size(args[8], "row_floor"),
-                            {}};
-  const int64_t num_sms = read_size(args[7], "num_sms");
+  const GenerateSizes sizes = read_sizes(args.Slice(2));
+  const int64_t num_sms = read_size(args[8], "num_sms");
   check_workspace_size("num_sms", num_sms);
   GeneratePlan(Mode::kDraftExtend, sizes, req_to_token, {}, {}, std::vector<GeneratePlan::Destination>(1));  // checks the sizes
   const auto replay = [=, device = read.device(), gpu_sms = count_sms(read.device()), owner = ffi::Any(args[0])](

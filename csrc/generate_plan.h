@@ -211,4 +211,36 @@ class GeneratePlan {
   Written written_;
 };
 
+// So that no product of two is beyond 64 bits.
+inline void check_workspace_size(const char* name, int64_t value) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (value < 1 || value > kMost) refuse(name, ": expected 1 to ", kMost, ", got ", value);
+}
+
+// A draft extend's tensors in its workspace, see draft_extend_plan.
+inline std::vector<GeneratePlan::Destination> split_workspace(const View& workspace, const GenerateSizes& sizes, int64_t cols,
+                                                              int64_t num_sms) {
+  const int64_t bs = sizes.bs, rows = sizes.rows;
+  check_workspace_size("rows", rows);
+  check_workspace_size("cols", cols);
+  check_workspace_size("bs", bs);
+  std::vector<GeneratePlan::Destination> dst(1);
+  int64_t used = 0;
+  const auto place = [&](int f, int64_t rows, int64_t cols) {
+    dst[0].field[f] = {true, workspace.data + used, rows, cols, cols};
+    used += rows * cols;
+  };
+  if (sizes.segment_len) place(kSchedule, 1, 2 * (num_sms + 1));
+  place(kPageTable1, rows, cols);
+  place(kRealPageTable, rows, (cols + sizes.page_size - 1) / sizes.page_size);
+  place(kCacheSeqlens, 1, bs);
+  place(kCuSeqlensK, 1, bs + 1);
+  place(kSeqlensExpanded, 1, rows);
+  place(kNsaCacheSeqlens, 1, rows);
+  place(kNsaCuSeqlensK, 1, rows + 1);
+  if (!workspace.given) refuse("workspace: expected an int32 tensor, got None");
+  if (workspace.cols != used) refuse("workspace: expected ", used, " elements for these sizes, got ", workspace.cols);
+  return dst;
+}
+
 }  // namespace nsa_fused

@@ -198,7 +198,7 @@ def _native_draft_extend_plan(values, num_sms: int) -> Callable:
     generate = library().draft_extend_plan(
         _owner(values),
         *(values.req_to_token, values.num_draft_tokens, values.nsa_index_topk, values.page_size),
-        *(values.segment_len, values.extra_last, num_sms, values.row_floor),
+        *(values.segment_len, values.extra_last, values.row_floor, num_sms),
     )
     generate.release_gil = False
     return generate

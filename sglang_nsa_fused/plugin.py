@@ -123,7 +123,7 @@ def find_release():
 
 def import_backend(release):
     """The module with upstream's classes, checked for the names that the subclasses rely on. Raises Unsupported."""
-    from sglang_nsa_fused import releases
+    from sglang_nsa_fused import releases, start_check
 
     _, installed = find_release()
     known = releases.find(installed) is not None
@@ -133,13 +133,13 @@ def import_backend(release):
         if known or not release.module.startswith(error.name or " "):
             raise
         raise Unsupported(_unsupported(installed, f"it has no {release.module}")) from error
-    missing = releases.missing_names(release, module)
+    missing = start_check.missing_names(release, module)
     if missing:
         lacks = f"{release.module} lacks {', '.join(missing)}"
         changed = f"sglang was changed: {lacks}; reinstall sglang"
         raise Unsupported(changed if known else _unsupported(installed, lacks))
     if not known:
-        if unknown := releases.unknown_names(release, module):
+        if unknown := start_check.unknown_names(release, module):
             raise Unsupported(_unsupported(installed, f"in {release.module} {', '.join(unknown)}"))
         _say_untested(untested(installed, release))
     return module

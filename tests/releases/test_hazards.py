@@ -29,7 +29,7 @@ def test_element_0_of_cumulative_lengths(upstream, deep_gemm):
     lengths = torch.tensor([5, 64, 65, 2049], device=upstream.device)
     precomputed = backend._precompute_replay_metadata(
         *(4, torch.tensor([1, 2, 3, 4], device=upstream.device), lengths, lengths.cpu(), upstream.module.ForwardMode.DECODE),
-        **({"spec_info": None} if release.spec_info else {}),
+        **({"spec_info": None} if "spec_info" in release.signatures[f"{release.backend}._precompute_replay_metadata"] else {}),
     )
     source = getattr(precomputed, release.precomputed[1])
     source[:1] = 99 if source.shape == (5,) else source[:1]  # from 0.5.15 on there is none: [1:] is what comes

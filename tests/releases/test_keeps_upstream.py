@@ -10,7 +10,7 @@ import pytest
 import torch
 from upstream import CAPTURE_BS, SETTINGS, after, assert_equal_fields, batches
 
-from sglang_nsa_fused import buffers, hooks, kernels, planners, releases
+from sglang_nsa_fused import buffers, hooks, kernels, planners, releases, start_check
 from sglang_nsa_fused.tools import bare, versions
 
 
@@ -222,10 +222,10 @@ def test_a_newer_sglang_is_refused_what_is_not_known(upstream):
     newest = releases.RELEASES[-1]
     if upstream.release is not newest:
         pytest.skip("for the newest release")
-    assert releases.unknown_names(newest, upstream.module) == []
+    assert start_check.unknown_names(newest, upstream.module) == []
     renamed = dataclasses.replace(newest, page_size="paper_size")
-    assert releases.unknown_names(renamed, upstream.module) == [f"{newest.backend}.paper_size is gone"]
+    assert start_check.unknown_names(renamed, upstream.module) == [f"{newest.backend}.paper_size is gone"]
     metadata = getattr(upstream.module, newest.metadata)
     more = dataclasses.make_dataclass(newest.metadata, [("new_plan", int, 0)], bases=(metadata,), frozen=True)
     module = SimpleNamespace(**{newest.metadata: more, newest.backend: upstream.classes[0]})
-    assert releases.unknown_names(newest, module) == [f"{newest.metadata}.new_plan is new"]
+    assert start_check.unknown_names(newest, module) == [f"{newest.metadata}.new_plan is new"]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sglang_nsa_fused import plugin, releases
+from sglang_nsa_fused import plugin, releases, start_check
 from sglang_nsa_fused.settings import GATE, REQUIRED
 from sglang_nsa_fused.tools import doctor
 
@@ -105,8 +105,8 @@ def tomorrows(monkeypatch):
 def test_a_newer_release_with_all_names_is_tried_and_said_once(tomorrows, monkeypatch, caplog, version):
     module = object()
     tomorrows(version, module)
-    monkeypatch.setattr(releases, "missing_names", lambda release, module: [])
-    monkeypatch.setattr(releases, "unknown_names", lambda release, module: [])
+    monkeypatch.setattr(start_check, "missing_names", lambda release, module: [])
+    monkeypatch.setattr(start_check, "unknown_names", lambda release, module: [])
     release, found = plugin.find_release()
     assert (release, found) == (releases.RELEASES[-1], version)
     assert plugin.import_backend(release) is plugin.import_backend(release) is module
@@ -125,8 +125,8 @@ def test_a_newer_release_that_lacks_a_name_is_left_alone(tomorrows):
 
 def test_a_newer_release_that_has_more_to_refresh_is_left_alone(tomorrows, monkeypatch):
     tomorrows("0.5.24", object())
-    monkeypatch.setattr(releases, "missing_names", lambda release, module: [])
-    monkeypatch.setattr(releases, "unknown_names", lambda release, module: ["DSAMetadata.new_plan is new"])
+    monkeypatch.setattr(start_check, "missing_names", lambda release, module: [])
+    monkeypatch.setattr(start_check, "unknown_names", lambda release, module: ["DSAMetadata.new_plan is new"])
     with pytest.raises(plugin.Unsupported, match="0.5.24 is not supported; .*; in .*dsa_backend DSAMetadata.new_plan is new"):
         plugin.import_backend(plugin.find_release()[0])
 
@@ -158,7 +158,7 @@ def test_missing_names_are_named():
 
     module.NativeSparseAttnBackend = NativeSparseAttnBackend
     release = releases.NSA_0_5_12
-    missing = releases.missing_names(release, module)
+    missing = start_check.missing_names(release, module)
     assert "NativeSparseAttnBackend.init_cuda_graph_state(self, max_bs, max_num_tokens)" in missing
     assert "NativeSparseAttnMultiStepBackend.init_forward_metadata_replay_cuda_graph" in missing
     assert "NSAMetadata.real_page_table" in missing
