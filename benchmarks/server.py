@@ -177,8 +177,8 @@ def main(argv=None) -> int:
         machine, release, loader = servers.machine()
     except Failed as error:
         raise SystemExit(str(error)) from None
-    head = {"schema": 1, "what": "server", **machine, "commit": args.commit or commit()}
-    head["model"] = args.model_path.name if args.model_path else None
+    model = args.model_path.name if args.model_path else None
+    head = record.head("server", args.commit or commit(), machine, model=model)
     results = Results(args.out or default_path("server", head["gpu"], head["sglang"]), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
     runs = {name: getattr(args, name) for name in ("starts", "warmup", "repeats", "output_tokens", "ready_seconds")}
