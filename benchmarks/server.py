@@ -10,10 +10,8 @@ same.
 """
 
 import argparse
-import fcntl
 import itertools
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -47,41 +45,16 @@ class Configuration:
 
 
 class Results:
-    """The result file. Keeps what other runs of the same commit on the same machine measured."""
+    """The result file. Raises SystemExit where it is there already: another run's."""
 
     def __init__(self, path: Path, head: dict):
+        if path.exists():
+            raise SystemExit(f"{path} holds the results of another run; give another --out")
         self.path, self.head, self.configurations, self.cases = path, head, {}, {}
-        self.read()
 
-    def read(self) -> None:
-        """What others have measured."""
-        if not self.path.exists():
-            return
-        before = json.loads(self.path.read_text())
-        if other := {key: before.get(key) for key in self.head if before.get(key) != self.head[key]}:
-            here = {key: self.head[key] for key in other}
-            raise SystemExit(f"{self.path} holds results of {other}, this run is of {here}; give another --out")
-        own = self.cases, self.configurations
-        self.cases, self.configurations = {}, {}
-        self.add(before["cases"], *before["configurations"])
-        self.cases |= own[0]
-        self.configurations |= own[1]
-
-    def add(self, cases: list[dict], *configurations: dict) -> None:
+    def add(self, cases: list[dict], configuration: dict) -> None:
         self.cases |= {(one["name"], one["metric"]): one for one in cases}
-        self.configurations |= {one["name"]: one for one in configurations}
-
-    def write(self) -> None:
-        """Beside other processes that write the same file."""
-        folder = os.open(self.path.absolute().parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            self.read()
-            self._write()
-        finally:
-            os.close(folder)
-
-    def _write(self) -> None:
+        self.configurations[configuration["name"]] = configuration
         record.write(self.path, self.head, configurations=self.configurations.values(), cases=self.cases.values())
 
 
@@ -116,8 +89,6 @@ def measure_one(configuration: Configuration, plan: measure.Plan, results: Resul
                 problems += itertools.chain(*wrong)
                 if cases:
                     results.add(cases, described(configuration, up, args))
-            if results.cases:
-                results.write()
     except Failed as error:
         console.print(error)
         ended = [f"{configuration.name}: {error}"]

@@ -4,6 +4,7 @@ Only what the metadata path reads is set on them; every method that runs is upst
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -37,6 +38,7 @@ def gpu(release: Release, device: str, sm100: bool = False):
     return stand_ins.cuda(release, sys.modules[release.module], sm100) if device == "cpu" else contextlib.nullcontext()
 
 
+@functools.lru_cache(None)  # reading it takes 5 ms
 def _version() -> str:
     return importlib.metadata.version("sglang")
 

@@ -78,15 +78,6 @@ def test_no_start_that_would_end_too_late(run, server, capsys, tmp_path):
     assert "nothing was measured\nFAILED n3-width32768-bf16: n3-width32768-bf16-off-1: " in capsys.readouterr().err
 
 
-def test_another_process_writes_the_same_file(server, tmp_path):
-    head = {"schema": 1, "what": "server"}
-    one, other = (server.Results(tmp_path / "both.json", head) for _ in range(2))
-    for results, name in ((one, "a"), (other, "b"), (one, "c")):
-        results.add([{"name": name, "metric": "step_ms"}], {"name": name})
-        results.write()
-    assert [case["name"] for case in json.loads((tmp_path / "both.json").read_text())["cases"]] == ["a", "b", "c"]
-
-
 def test_other_drafts_of_the_same_output_fail(run, capsys):
     status, found = run(DRAFT="on")
     assert status == 1 and "the draft tokens differ in 10 of 10 and 10 rows" in capsys.readouterr().err
