@@ -37,6 +37,28 @@ def parent():
         PARENT.close()
 
 
+FOUND: dict[str, dict] = {}  # by the planners' attribute
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compares: changes what planners are compared with, so nothing found before holds")
+
+
+@pytest.fixture(autouse=True)
+def compared_once(request, monkeypatch):
+    """What one test has found out about planners that nobody changed holds for the next: half of all time went there."""
+    if request.node.get_closest_marker("compares"):
+        return
+    init = planners.Planners.__init__
+
+    def with_findings(self, *args):
+        init(self, *args)
+        for name in ("_schedule_forms", "_flashmla", "_topk_buckets"):
+            setattr(self, name, FOUND.setdefault(name, {}))
+
+    monkeypatch.setattr(planners.Planners, "__init__", with_findings)
+
+
 @pytest.fixture
 def device() -> str:
     """One device for a process: without a GPU upstream's module is imported with stand-ins that would stay."""

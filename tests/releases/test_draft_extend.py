@@ -7,6 +7,8 @@ from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.planners import Planners
 from sglang_nsa_fused.tools import bare
 
+pytestmark = pytest.mark.compares
+
 DRAFT_TOKENS = 4
 
 

@@ -182,6 +182,7 @@ def test_half_a_batch_and_decode_without_speculation_stay_before(upstream, deep_
     assert stays(upstream, runner, mode="DECODE")
 
 
+@pytest.mark.compares
 def test_a_launch_that_something_follows_stays_before(upstream, deep_gemm, runner, monkeypatch):
     monkeypatch.setattr(planners, "SCHEDULE_FORMS", ())
     off, on = upstream.multi(upstream.classes, 3), upstream.multi(upstream.fused(), 3)

@@ -13,6 +13,8 @@ from upstream import CAPTURE_BS, SETTINGS, after, assert_equal_fields, batches
 from sglang_nsa_fused import buffers, hooks, kernels, planners, releases, start_check
 from sglang_nsa_fused.tools import bare, versions
 
+pytestmark = pytest.mark.compares
+
 
 def replay_both(upstream, off, on, mode, live_rows, count=15):
     for slots, lengths, bs in batches(count):

@@ -11,6 +11,8 @@ from upstream import CAPTURE_BS, after, assert_equal_fields, assert_same_fields,
 from sglang_nsa_fused import planners, reference
 from sglang_nsa_fused.tools import bare
 
+pytestmark = pytest.mark.compares
+
 
 @pytest.fixture
 def planner(upstream, deep_gemm, monkeypatch):
