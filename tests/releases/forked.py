@@ -3,6 +3,7 @@
 Not where there is a GPU: the driver does not survive the fork.
 """
 
+import gc
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ class Parent:
 
 def serve(requests, replies) -> None:
     logging.root.handlers.clear()  # pytest's, as are its streams
+    gc.freeze()  # a fork that looked at millions of objects would copy their memory
     for line in requests:
         code, env = json.loads(line)
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
