@@ -3,6 +3,7 @@
 A mode that this sglang, or this machine, refuses without the plugin is skipped with what sglang says.
 """
 
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,8 @@ def other_weights(server, folder: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(serving.send, server, [Request(prompt(("load", n), 300), 400) for n in range(6)])
         body = {"model_path": str(folder), "load_format": "auto", "recapture_cuda_graph": True, "flush_cache": False}
-        server.post("/update_weights_from_disk", body)
+        said = json.loads(server.post("/update_weights_from_disk", body))
+        assert said["success"], said["message"]
         loaded.result()
 
 
