@@ -83,16 +83,20 @@ MODES = {
 
 
 @pytest.fixture(scope="module", params=MODES)
-def mode(request) -> Mode:
-    found = MODES[request.param]
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def mode(name) -> Mode:
+    found = MODES[name]
     if torch.cuda.device_count() < found.gpus:
         pytest.skip(f"needs {found.gpus} GPUs")
     return found
 
 
 @pytest.fixture(scope="module")
-def pair(request, configuration, mode, options):
-    name = next(name for name, one in MODES.items() if one is mode)
+def pair(configuration, name, mode, options):
     configuration = Configuration.of(
         configuration.cache, configuration.draft_steps, f"-{name}", mode.flags, env=mode.env, model=mode.model
     )
