@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-EMULATED := $(addprefix tests/unit/test_,copy.py generate.py verify.py properties.py)
+EMULATED := $(addprefix tests/unit/test_,copy.py generate.py golden.py verify.py properties.py)
 
 SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find csrc patches/sglang sglang_nsa_fused -type f ! -name '*.pyc')
 CPU_ONLY := $(if $(CUDACXX)$(shell command -v nvcc),,--config-settings=cmake.define.NSA_FUSED_CPU_ONLY=ON)

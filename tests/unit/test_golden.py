@@ -1,4 +1,4 @@
-"""What real planners gave on a GPU (tests/golden/record.py) against ours on the CPU: no stand-in of ours is in between."""
+"""What real planners gave on a GPU (tests/golden/record.py) against ours: no stand-in of ours is in between."""
 
 import functools
 import json
@@ -23,8 +23,6 @@ FORMS = {  # sglang -> whether its DeepGEMM gives the last SMs the segments that
 }
 SMALL = 30  # rows whose plan the newer top-k leaves unwritten
 
-pytestmark = pytest.mark.skipif(not FILES, reason="nothing was recorded yet")
-
 
 @functools.cache
 def recorded(path: Path) -> dict[str, np.ndarray]:
@@ -41,8 +39,8 @@ def cases(kind: str) -> list:
     return found
 
 
-def arrays(path: Path, name: str, *keys: str) -> list[torch.Tensor]:
-    return [torch.from_numpy(recorded(path)[f"{name}/{key}"]) for key in keys]
+def arrays(path: Path, name: str, device: str, *keys: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(recorded(path)[f"{name}/{key}"]).to(device) for key in keys]
 
 
 def forms(path: Path) -> tuple:
@@ -51,9 +49,10 @@ def forms(path: Path) -> tuple:
 
 def generated(lengths: torch.Tensor, destination: Destination, **values) -> None:
     """By the native operation, for a row of each length."""
-    rows, slots = len(lengths), torch.zeros(len(lengths), dtype=torch.int64)
-    made_from = Values(torch.zeros(1, 64, dtype=torch.int32), rows, rows, 1, 2048, 64, **values)
-    plan = ReplayPlan(reference.DECODE, [destination], select("cpu"), made_from)
+    rows, device = len(lengths), lengths.device
+    slots = torch.zeros(rows, dtype=torch.int64, device=device)
+    made_from = Values(torch.zeros(1, 64, dtype=torch.int32, device=device), rows, rows, 1, 2048, 64, **values)
+    plan = ReplayPlan(reference.DECODE, [destination], select(device.type), made_from)
     plan.generate(lengths, slots, None, rows)
 
 
@@ -66,9 +65,9 @@ def test_files_of_each_form():
 
 
 @pytest.mark.parametrize("path, name", cases("schedule"))
-def test_deep_gemms_schedule(path, name):
+def test_deep_gemms_schedule(device, path, name):
     extra_last = forms(path)[0]
-    for lengths, plan in zip(*arrays(path, name, "lengths", "plans")):
+    for lengths, plan in zip(*arrays(path, name, device, "lengths", "plans")):
         assert torch.equal(reference.paged_mqa_schedule(lengths, SEGMENT, len(plan) - 1, extra_last), plan), lengths
         schedule = torch.full_like(plan, -7)
         generated(lengths, Destination(paged_mqa_schedule=schedule), segment_len=SEGMENT, extra_last=extra_last)
@@ -76,9 +75,9 @@ def test_deep_gemms_schedule(path, name):
 
 
 @pytest.mark.parametrize("path, name", cases("topk"))
-def test_the_plan_of_the_top_k(path, name):
+def test_the_plan_of_the_top_k(device, path, name):
     buckets = forms(path)[1]
-    for lengths, plan in zip(*arrays(path, name, "lengths", "plans")):
+    for lengths, plan in zip(*arrays(path, name, device, "lengths", "plans")):
         if len(lengths) <= SMALL and bool((plan == planners.POISON).all()):
             assert buckets is not planners.TOPK_BUCKETS[0]
             continue
@@ -93,7 +92,7 @@ def test_the_plan_of_the_top_k(path, name):
 @pytest.mark.parametrize("path, name", cases("flashmla"))
 def test_flashmlas_plan_depends_on_the_number_of_rows_alone(path, name):
     """So a launch may write the one of the capture."""
-    splits, tiles = arrays(path, name, "splits", "tiles")
+    splits, tiles = arrays(path, name, "cpu", "splits", "tiles")
     assert len(splits) >= 3 and bool((splits == splits[0]).all()) and bool((tiles == tiles[0]).all())
     assert splits[0, 0] == 0 and bool((splits[0].diff() >= 1).all())
     assert tiles.shape[2] == 5 and 1 <= tiles.shape[1] <= torch_forms.NUM_SMS
