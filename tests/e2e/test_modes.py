@@ -14,12 +14,10 @@ import pytest
 import serving
 import torch
 from serving import Configuration, Request, answers, check_same, console, prompt
-from test_two_gpus import test_joining_and_leaving  # noqa: F401 - of this module's pairs
+from test_two_gpus import PARALLEL, TWO_GPUS, test_joining_and_leaving  # noqa: F401 - the test is of this module's pairs
 
 from sglang_nsa_fused.tools.bench import servers
 from sglang_nsa_fused.tools.bench.process import Failed
-
-ATTENTION_DP = ("--tp-size", 2, "--dp-size", 2, "--enable-dp-attention")
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ MODES = {
     "no-graph": Mode(("--disable-cuda-graph",), says="draft extend without a graph is sglang's own", graphs=False),
     "no-overlap": Mode(("--disable-overlap-schedule",)),
     "topk-2": Mode(("--speculative-eagle-topk", 2, "--speculative-num-draft-tokens", 8)),
-    "two-batch": Mode((*ATTENTION_DP, "--enable-two-batch-overlap"), gpus=2, repeats=False),
-    "context-parallel": Mode(("--tp-size", 2, "--dcp-size", 2), gpus=2),
+    "two-batch": Mode((*PARALLEL["tp2-dp2"], "--enable-two-batch-overlap"), gpus=2, repeats=False),
+    "context-parallel": Mode((*TWO_GPUS, "--dcp-size", 2), gpus=2),
 }
 
 

@@ -9,7 +9,9 @@ from serving import Configuration, Request, answers, check_same, console, prompt
 
 from sglang_nsa_fused.tools.bench.process import Failed
 
-PARALLEL = {"tp2": ("--tp-size", 2), "tp2-dp2": ("--tp-size", 2, "--dp-size", 2, "--enable-dp-attention")}
+# flashinfer's all-reduce uses NVLink multicast, which not every machine allows.
+TWO_GPUS = ("--tp-size", 2, "--enforce-disable-flashinfer-allreduce-fusion")
+PARALLEL = {"tp2": TWO_GPUS, "tp2-dp2": (*TWO_GPUS, "--dp-size", 2, "--enable-dp-attention")}
 ACTIVE = re.compile(r"^.*\b(TP\d+)[^\]]*\].*sglang-nsa-fused .* active", re.M)
 
 
