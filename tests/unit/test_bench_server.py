@@ -138,7 +138,9 @@ def test_the_small_model_and_the_sides_flags(bench):
     assert "MTP_PRECOMPUTE" not in off and "'SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA': '1'" in on
 
 
-def test_a_real_model_keeps_its_weights_and_sglangs_choices(bench):
+def test_a_real_model_keeps_its_weights_and_sglangs_choices(bench, monkeypatch):
+    for name in ("NSA", "DSA"):  # the tester's own
+        monkeypatch.delenv(f"SGLANG_{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD", raising=False)
     result = bench("--model-path", "some/model", "--server-flags", "--mem-fraction-static 0.8")
     assert result.exit_code == 0, result.output
     log = bench.log("on-1")

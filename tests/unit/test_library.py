@@ -34,7 +34,8 @@ def test_is_not_searched_for(tmp_path):
     shutil.copy(library_path(), elsewhere)
     shutil.copytree(kernels.LIBRARY.parent, package / "sglang_nsa_fused", ignore=shutil.ignore_patterns("*.so"))
     code = "from sglang_nsa_fused import kernels; print(kernels.__file__); kernels.library()"
-    done = python(code, cwd=elsewhere, PYTHONPATH=package, PATH=elsewhere, LD_LIBRARY_PATH=elsewhere)
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    done = python(code, cwd=elsewhere, PYTHONPATH=path, PATH=elsewhere, LD_LIBRARY_PATH=elsewhere)
     assert done.stdout.strip() == str(package / "sglang_nsa_fused/kernels.py")
     assert "the native library cannot be loaded (FileNotFoundError: " in done.stderr, done.stderr
 

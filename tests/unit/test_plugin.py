@@ -1,5 +1,6 @@
 """The entry point: inert without the gate, cheap to import, and one finding where it cannot be active."""
 
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,8 @@ import sglang_nsa_fused.plugin
 sglang_nsa_fused.plugin.activate()
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
-    done = subprocess.run([sys.executable, "-c", code], env={}, cwd=tmp_path, capture_output=True, text=True, check=True)
+    env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "sglang_nsa_fused" in imported
     assert imported - sys.stdlib_module_names == {"sglang_nsa_fused"}
