@@ -23,6 +23,7 @@ parser.add_argument("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode", dest="g
 parser.add_argument("--chunked-prefill-size", type=int, default=8192)
 parser.add_argument("--tp-size", type=int, default=1)
 parser.add_argument("--enable-dp-attention", action="store_true")
+parser.add_argument("--disaggregation-mode", default="")
 args, _ = parser.parse_known_args()
 hundredths = round(100 * args.mem_fraction_static)
 ON = os.environ.get("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA") == "1"
@@ -212,7 +213,10 @@ def starts() -> None:
         raise SystemExit("ValueError: boom")
     if not fake("OTHER_WEIGHTS"):
         say("server-probe: decisive weights")
-    if os.environ.get("FAKE_LINE_TOO") or (ON and not fake("NO_LINE")):
+    if os.environ.get("FAKE_REFUSES_PD") and args.disaggregation_mode:
+        raise SystemExit("ImportError: no transfer engine")
+    captures = args.disaggregation_mode != "prefill"
+    if os.environ.get("FAKE_LINE_TOO") or (ON and captures and not fake("NO_LINE")):
         for rank in range(1 if fake("ONE_RANK") else args.tp_size):
             say("sglang-nsa-fused 0.1.0 active: sglang 0.5.12.post1, fake GPU, native generates; replaces X and Y", rank)
     if fake("PLUGIN_FAILS"):

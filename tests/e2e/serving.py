@@ -84,6 +84,7 @@ class Server(process.Server):
         ]
         port = options.port + PORTS_APART * SIDES.index(side)
         super().__init__(f"{configuration.name}-{side}", port, flags, env, folder, options.command)
+        self.processes = [self]  # all that serve its requests
 
     def batches(self, mark: int) -> list[tuple[int, bool]]:
         """Size of each decode batch since then, and whether it had a graph."""
@@ -105,23 +106,26 @@ class Options:
 
 
 @contextlib.contextmanager
-def running(configuration: Configuration, options: Options):
+def running(configuration: Configuration, options: Options, kind: type[Server] = Server):
     """The pair, stopped however the block ends. Raises Failed."""
     interrupt_on_signals()
     servers.write_probe(options.log_dir / "probe")
-    pair = Pair(*(Server(side, configuration, options) for side in SIDES))
-    with process.running(pair):
+    pair = Pair(*(kind(side, configuration, options) for side in SIDES))
+    up = [server for side in pair for server in side.processes]
+    with process.running(up):
         try:
-            process.wait_ready(pair, time.monotonic() + options.ready_seconds)
+            process.wait_ready(up, time.monotonic() + options.ready_seconds)
         except Failed as error:
             # Where both ended, whichever was seen first, it is not for the plugin.
-            if process.wait(lambda: pair.off.process.poll() is not None, 20):
-                raise pair.off.ended() from error
+            process.wait(lambda: any(server.process.poll() is not None for server in pair.off.processes), 20)
+            for server in pair.off.processes:
+                if server.process.poll() is not None:
+                    raise server.ended() from error
             raise
-        for server in pair:
+        for server in up:
             if DECISIVE not in server.log_from(0):
                 raise Failed(f"{server.name}: its weights are not the probe's: the log has no line {DECISIVE!r}{server.tail()}")
-        seconds = [server.ready_seconds for server in pair]
+        seconds = [server.ready_seconds for server in up]
         console.print(f"\n{configuration.name}: ready after {seconds} s, logs in {options.log_dir}")
         yield pair
 

@@ -67,6 +67,9 @@ RUNS = {
     "undecided": ((*SERVER[:2], "-k", "test_server and (joining or chunked)"), on("TOKEN") | {"FAKE_MARGIN": "0.01"}),
     "two GPUs": (("-k", "two_gpus"), {"FAKE_REFUSES_DP": "1"}),
     "one rank": (("-k", "two_gpus and ranks"), on("ONE_RANK")),
+    "disaggregation": (("-k", "disaggregation"), {}),
+    "disaggregation, faulty": (("-k", "disaggregation"), on("TOKEN", "DRAFT", "NO_LINE")),
+    "disaggregation, refused": (("-k", "disaggregation", "-rs"), {"FAKE_REFUSES_PD": "1"}),
     "weights": ((*SERVER[:2], "-k", "test_server and log_line"), on("OTHER_WEIGHTS")),
     "terminated": ((*SERVER[:2], "-k", "test_server and load", "--e2e-minutes", "10"), {}),
 }
@@ -157,6 +160,16 @@ def test_two_gpus(runs):
     assert "refuses data-parallel attention here: ValueError: no data-parallel attention" in output
     _, output = runs["one rank"].result()
     assert failures(output).keys() == {"test_active_on_both_ranks"}, output
+
+
+def test_disaggregation(runs):
+    summary, output = runs["disaggregation"].result()
+    assert "4 passed" in summary and "32 of 32 answers identical" in output, output
+    assert not servers_of(runs["disaggregation"])
+    _, output = runs["disaggregation, faulty"].result()
+    assert failures(output).keys() == {"test_log_lines", "test_one_by_one", "test_several_at_a_time"}, output
+    summary, output = runs["disaggregation, refused"].result()
+    assert "4 skipped" in summary and "sglang itself does not start: ImportError: no transfer engine" in output, output
 
 
 def test_servers_without_the_probes_weights_are_not_compared(runs):
