@@ -2,7 +2,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from serving import CONTEXT, Configuration, Options, running
 
 from sglang_nsa_fused.tools.bench import process, servers
@@ -45,7 +44,11 @@ def pytest_generate_tests(metafunc):
 
 
 def gpus(config) -> int:
-    return 2 if option(config, "command") else torch.cuda.device_count()
+    if option(config, "command"):
+        return 2
+    import torch  # seconds, of each run against a fake server
+
+    return torch.cuda.device_count()
 
 
 def pytest_collection_modifyitems(config, items):

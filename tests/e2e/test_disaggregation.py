@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import serving
-import torch
 from serving import Configuration, Request, answers, check_same, console, prompt
 
 from sglang_nsa_fused.tools.bench import process
@@ -29,6 +28,8 @@ ENV = {"SGLANG_HOST_IP": HOST} | {f"SGLANG_DISAGGREGATION_{name}_TIMEOUT": "60" 
 
 def gpus(role: str) -> str:
     """The role's own first. All stay visible: without that one process cannot open the other's memory."""
+    import torch
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     first, *others = visible.split(",")
     return ",".join([*others[:1], first, *others[1:]] if role == "decode" else [first, *others])

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import serving
-import torch
 from serving import Configuration, Request, answers, check_same, console, prompt
 from test_two_gpus import PARALLEL, TWO_GPUS, test_joining_and_leaving  # noqa: F401 - the test is of this module's pairs
 
@@ -41,6 +40,7 @@ def release_and_resume(server, _) -> None:
 
 def other_weights(server, folder: Path) -> None:
     """Some come from disk while requests are under way, and the graphs are captured anew."""
+    import torch
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -87,6 +87,8 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def mode(name) -> Mode:
+    import torch
+
     found = MODES[name]
     if torch.cuda.device_count() < found.gpus:
         pytest.skip(f"needs {found.gpus} GPUs")

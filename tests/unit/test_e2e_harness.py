@@ -20,20 +20,10 @@ class Run:
     def __init__(self, folder: Path, *args: str, **env: str):
         self.folder = folder
         command = [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                "-s",
-                E2E,
-                "--e2e-log-dir",
-                folder,
-                "--e2e-port",
-                free_port(),
-            ),
-            *("--e2e-command", shlex.join([sys.executable, str(E2E.parent / "fake_server.py")]), "--e2e-requests", 40),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", E2E),
+            *("--confcutdir", E2E),  # without tests/conftest.py nothing imports torch, which takes seconds
+            *("--e2e-log-dir", folder, "--e2e-port", free_port(), "--e2e-requests", 40),
+            *("--e2e-command", shlex.join([sys.executable, str(E2E.parent / "fake_server.py")])),
             *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
         ]
         env = {"FAKE_MARGIN": "1", "FAKE_STEP_SECONDS": "0.04", "COLUMNS": "300", **env}
