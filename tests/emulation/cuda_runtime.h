@@ -2,6 +2,7 @@
 // in turn from one __syncthreads to the next, upwards and then downwards, so that a missing one shows.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -41,15 +42,16 @@ struct Index {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done;
+  static constexpr size_t kStack = 64 << 10;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf left;  // where it goes on; swapcontext would make a system call each time
+  bool begun = false, done;
 };
 
 struct Block {
-  static constexpr size_t kStack = 64 << 10;
-  ucontext_t scheduler;
-  std::vector<Fiber> fibers;
+  jmp_buf scheduler;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from one block to the next
   unsigned running = 0;
   bool trapped = false;
   void (*call)(const void* kernel, void* params);  // casts both to what they are
@@ -60,39 +62,50 @@ struct Block {
 inline Block block;
 inline Index thread_index, block_index;
 
-inline void leave() { swapcontext(&block.fibers[block.running].context, &block.scheduler); }
+inline void leave() {
+  if (!_setjmp(block.fibers[block.running]->left)) _longjmp(block.scheduler, 1);
+}
 
 inline void end() {
-  block.fibers[block.running].done = true;
+  block.fibers[block.running]->done = true;
   leave();
 }
 
 inline void enter() {
-  block.call(block.kernel, block.params);
-  end();
+  for (;;) {
+    block.call(block.kernel, block.params);
+    end();
+  }
+}
+
+inline void resume(Fiber& fiber) {
+  if (_setjmp(block.scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.left, 1);
+  fiber.begun = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack = {fiber.stack.get(), 0, Fiber::kStack};
+  makecontext(&fiber.start, enter, 0);
+  setcontext(&fiber.start);
 }
 
 // Throws std::runtime_error where a thread traps.
 inline void run(const void* kernel, unsigned blocks, unsigned threads, void* params) {
   block.kernel = kernel, block.params = params, block.trapped = false;
-  block.fibers.resize(threads);
+  while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
   for (block_index.x = 0; block_index.x < blocks; ++block_index.x) {
-    for (Fiber& fiber : block.fibers) {
-      if (!fiber.stack) fiber.stack = std::make_unique<char[]>(Block::kStack);
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack = {fiber.stack.get(), 0, Block::kStack};
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, enter, 0);
-    }
+    for (unsigned i = 0; i < threads; ++i) block.fibers[i]->done = false;
     bool any = true;
     for (bool up = block_index.x % 2 == 0; any; up = !up) {
       any = false;
       for (unsigned i = 0; i < threads; ++i) {
         block.running = thread_index.x = up ? i : threads - 1 - i;
-        if (block.fibers[block.running].done) continue;
-        swapcontext(&block.scheduler, &block.fibers[block.running].context);
-        if (block.trapped) throw std::runtime_error("a thread trapped");
+        Fiber& fiber = *block.fibers[block.running];
+        if (fiber.done) continue;
+        resume(fiber);
+        if (block.trapped) {
+          block.fibers.clear();  // each is somewhere in the kernel
+          throw std::runtime_error("a thread trapped");
+        }
         any = true;
       }
     }
