@@ -65,7 +65,7 @@ def options(request) -> Options:
     log_dir.mkdir(parents=True, exist_ok=True)
     command = option(request.config, "command") or process.COMMAND
     port, context = option(request.config, "port", 30000), option(request.config, "context") or CONTEXT
-    return Options(command, port, log_dir, option(request.config, "ready_seconds", 900), context)
+    return Options(command, port, log_dir, option(request.config, "ready_seconds", 900), context, gpus(request.config))
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,12 @@ class Options:
     log_dir: Path
     ready_seconds: float
     context: int
+    gpus: int  # that are visible
+
+
+def ended(server: Server) -> list[Server]:
+    """Its processes that have."""
+    return [one for one in server.processes if one.process.poll() is not None]
 
 
 @contextlib.contextmanager
@@ -117,10 +123,8 @@ def running(configuration: Configuration, options: Options, kind: type[Server] =
             process.wait_ready(up, time.monotonic() + options.ready_seconds)
         except Failed as error:
             # Where both ended, whichever was seen first, it is not for the plugin.
-            process.wait(lambda: any(server.process.poll() is not None for server in pair.off.processes), 20)
-            for server in pair.off.processes:
-                if server.process.poll() is not None:
-                    raise server.ended() from error
+            if process.wait(lambda: ended(pair.off), 20):
+                raise ended(pair.off)[0].ended() from error
             raise
         for server in up:
             if DECISIVE not in server.log_from(0):

@@ -26,11 +26,9 @@ LENGTHS = (7, 63, 64, 65, 66, 500, 1000, 2100, 2600)
 ENV = {"SGLANG_HOST_IP": HOST} | {f"SGLANG_DISAGGREGATION_{name}_TIMEOUT": "60" for name in ("BOOTSTRAP", "WAITING")}
 
 
-def gpus(role: str) -> str:
+def gpus(role: str, count: int) -> str:
     """The role's own first. All stay visible: without that one process cannot open the other's memory."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     first, *others = visible.split(",")
     return ",".join([*others[:1], first, *others[1:]] if role == "decode" else [first, *others])
 
@@ -48,7 +46,7 @@ class Server(serving.Server):
             configuration.draft_steps,
             f"-{role}",
             (*flags, "--disaggregation-bootstrap-port", self.bootstrap_port),
-            env=(*ENV.items(), ("CUDA_VISIBLE_DEVICES", gpus(role))),
+            env=(*ENV.items(), ("CUDA_VISIBLE_DEVICES", gpus(role, options.gpus))),
         )
         port = options.port + DECODE_PORT * (role == "decode")
         super().__init__(side, own, dataclasses.replace(options, port=port))

@@ -86,11 +86,9 @@ def name(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def mode(name) -> Mode:
-    import torch
-
+def mode(name, options) -> Mode:
     found = MODES[name]
-    if torch.cuda.device_count() < found.gpus:
+    if options.gpus < found.gpus:
         pytest.skip(f"needs {found.gpus} GPUs")
     return found
 

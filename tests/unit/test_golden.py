@@ -43,8 +43,12 @@ def arrays(path: Path, name: str, device: str, *keys: str) -> list[torch.Tensor]
     return [torch.from_numpy(recorded(path)[f"{name}/{key}"]).to(device) for key in keys]
 
 
+def release_of(path: Path) -> str:
+    return json.loads(str(recorded(path)["info"]))["packages"]["sglang"]
+
+
 def forms(path: Path) -> tuple:
-    return FORMS[json.loads(str(recorded(path)["info"]))["packages"]["sglang"]]
+    return FORMS[release_of(path)]
 
 
 def generated(lengths: torch.Tensor, destination: Destination, **values) -> None:
@@ -57,8 +61,7 @@ def generated(lengths: torch.Tensor, destination: Destination, **values) -> None
 
 
 def test_files_of_each_form():
-    releases = {json.loads(str(recorded(path)["info"]))["packages"]["sglang"] for path in FILES}
-    assert releases == FORMS.keys()
+    assert {release_of(path) for path in FILES} == FORMS.keys()
     for path in FILES:
         found = {name.partition("/")[0] for name in recorded(path)}
         assert found >= {"info", "schedule"} | ({"topk"} if forms(path)[1] else set()), path
