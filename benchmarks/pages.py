@@ -167,7 +167,7 @@ def fraction(of: str) -> str:
 
 
 def graphs(of: str) -> str:
-    """A step of a server whose launches are before the graphs, and in them ("in" in a file without sglang's own side)."""
+    """A step of a server without the plugin, with its launches before the graphs, and in them."""
     found: dict[str, dict[str, dict]] = {}
     for one in load("graphs", of)["cases"]:
         found.setdefault(one["name"], {})[one["metric"]] = one
@@ -182,8 +182,8 @@ def graphs(of: str) -> str:
     rows = []
     for name, of_case in found.items():
         values = [
-            " → ".join(f"{of_case[m][way]:.{digits}f}" for way in ("before", "in" if "in" in of_case[m] else "ours"))
-            for m, (_, digits) in metrics.items()
+            " → ".join(f"{of_case[metric][way]:.{digits}f}" for way in ("upstream", "before", "ours"))
+            for metric, (_, digits) in metrics.items()
         ]
         rows.append([name, *values])
     return rows_of(["case", *(label for label, _ in metrics.values())], rows)
