@@ -55,5 +55,6 @@ def is_free(port: int) -> bool:
 def until(condition: Callable[[], bool], *processes: subprocess.Popen) -> None:
     """Waits for it as long as all of these run: a busy machine may take any time."""
     while not condition():
-        assert [process.poll() for process in processes] == [None] * len(processes)
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
