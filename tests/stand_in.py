@@ -1,5 +1,7 @@
 """What stands in for a machine with sglang on it, and for its servers, in the tests of the benchmarks."""
 
+import itertools
+import os
 import random
 import shlex
 import socket
@@ -37,12 +39,18 @@ def stub_site(folder: Path, sglang: str | None = "0.5.12.post1", loader: bool = 
 
 
 PORTS_APART = 1000  # of the two servers of tests/e2e
+NO_GPU = "none"  # of fake servers: the memory of a real GPU, which others use, would be taken for theirs
+
+
+_numbers = itertools.count(random.randrange(120))
 
 
 def free_port() -> int:
-    """Of a server, the other's being higher, below those that outgoing connections get."""
+    """Of a server, with the three after it, and those 500, 1000 and 1500 higher. Others in each call, and in each of pytest's
+    workers; below those that outgoing connections get."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
-        first = random.randrange(20_000, 31_000)
+        first = 20_000 + 2_000 * (worker % 5) + 4 * (next(_numbers) % 120)
         if all(is_free(port + more) for port in (first, first + PORTS_APART) for more in (0, 1)):
             return first
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_in import FAKE, free_port, stub_site, until
+from stand_in import FAKE, NO_GPU, free_port, stub_site, until
 from typer.testing import CliRunner
 
 import sglang_nsa_fused
@@ -47,7 +47,8 @@ class Bench:
         return [str(argument) for argument in ["bench", "server", *own, *small, *more]]
 
     def env(self, fakes: dict[str, str]) -> dict[str, str]:
-        return {"PYTHONPATH": self.path, "FAKE_CALLS": str(self.calls), **{f"FAKE_{name}": side for name, side in fakes.items()}}
+        own = {"PYTHONPATH": self.path, "FAKE_CALLS": str(self.calls), "CUDA_VISIBLE_DEVICES": NO_GPU}
+        return own | {f"FAKE_{name}": side for name, side in fakes.items()}
 
     def __call__(self, *more, site: Path | None = None, **fakes):
         env = self.env(fakes) | ({"PYTHONPATH": str(site)} if site else {})

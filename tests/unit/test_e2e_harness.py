@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_in import free_port
+from stand_in import NO_GPU, free_port
 
 HERE = Path(__file__).resolve().parent
 E2E = HERE.parent / "e2e"
@@ -26,7 +26,7 @@ class Run:
             *("--e2e-command", shlex.join([sys.executable, str(E2E.parent / "fake_server.py")])),
             *("--e2e-cache", "bf16", "--e2e-minutes", 0.05, *args),
         ]
-        env = {"FAKE_MARGIN": "1", "FAKE_STEP_SECONDS": "0.04", "COLUMNS": "300", **env}
+        env = {"FAKE_MARGIN": "1", "FAKE_STEP_SECONDS": "0.04", "COLUMNS": "300", "CUDA_VISIBLE_DEVICES": NO_GPU, **env}
         self.process = subprocess.Popen(
             list(map(str, command)),
             env=os.environ | env,

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from stand_in import FAKE, free_port, stub_site
+from stand_in import FAKE, NO_GPU, free_port, stub_site
 
 from sglang_nsa_fused.tools.bench import process
 from sglang_nsa_fused.tools.bench.measure import OBSERVED
@@ -21,6 +21,7 @@ def server(benchmarks):
 def run(server, tmp_path, monkeypatch):
     monkeypatch.setattr(process, "SETTLE_SECONDS", 0)
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", NO_GPU)
     monkeypatch.setenv("PYTHONPATH", str(stub_site(tmp_path / "site")))
 
     def call(*more, **env) -> tuple[int, dict]:
