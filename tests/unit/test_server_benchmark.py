@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 from stand_in import FAKE, NO_GPU, free_port, stub_site
@@ -58,6 +59,20 @@ def test_one_server_at_a_time_and_each_metric_of_a_case(run, tmp_path):
     assert configuration["table_bytes"] == {"upstream": 3 << 20, "ours": 2 << 20}
     assert configuration["plugin"].startswith("sglang-nsa-fused 0.1.0 active")
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
+
+
+def test_clocks_and_power_are_those_of_the_runs_that_count(run, tmp_path, monkeypatch):
+    stub = tmp_path / "bin/nvidia-smi"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/bin/sh\ncase "$*" in *clocks.sm*) printf "1980, 412.5\\n1950, 698.1\\n19"; exec sleep 60;; esac\nexit 6\n'
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub.parent), prepend=os.pathsep)
+    status, found = run()
+    assert status == 0
+    cases = {one["metric"]: one for one in found["cases"]}
+    assert (cases["sm_mhz"]["upstream"], cases["watts"]["ours"], cases["watts"]["samples"]) == (1965, 555.3, 2 * 2)
 
 
 def test_another_model_has_its_layers_in_the_name_and_a_file_of_its_own(run, tmp_path):

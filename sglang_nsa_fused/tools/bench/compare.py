@@ -19,6 +19,8 @@ METRICS = {
     "decode_step_ms": "step, draft to draft, ms",
     "host_us": "refresh, host us",
     "gpu_draft_us": "draft graph, GPU us",
+    "sm_mhz": "clock of the SMs, MHz",
+    "watts": "power, W",
     "table_bytes": "tables of the graphs, MiB",
 }
 GRAPH = "draft graph"  # seen while observed alone
@@ -79,6 +81,8 @@ def cases(name: str, case: Case, starts: list[Start]) -> tuple[list[dict], list[
         "decode_step_ms": lambda start: decode_steps(start.samples, start.runs[case], case.batch),
         "tokens_per_s": lambda start: [run.tokens / (run.end - run.start) * 1e9 for run in start.runs[case]],
         "accept_length": lambda start: [run.accepted for run in start.runs[case]],
+        "sm_mhz": lambda start: [mhz for mhz, _ in start.clocks.get(case, [])],
+        "watts": lambda start: [watts for _, watts in start.clocks.get(case, [])],
     }
     found = [(name, metric, by_side(starts, values)) for metric, values in metrics.items()]
     for kind, (part, metric) in KINDS.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 from sglang_nsa_fused.tools.bench import servers
-from sglang_nsa_fused.tools.bench.process import COMMAND, Failed, Server, observed, running, wait_ready
+from sglang_nsa_fused.tools.bench.process import COMMAND, Failed, Server, clocks, observed, running, wait_ready
 from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
 
 LABELS = {UPSTREAM: "off", OURS: "on"}
@@ -84,6 +84,7 @@ class Start:
     runs: dict[Case, list[Run]] = field(default_factory=dict)
     observed: dict[Case, list[Run]] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
+    clocks: dict[Case, list[tuple[float, float]]] = field(default_factory=dict)  # MHz and watts during the runs that count
 
 
 def generate(server: Server, case: Case, plan: Plan) -> Run:
@@ -108,7 +109,8 @@ def started(side: str, server: Server, plan: Plan, step: Callable[[str], None]) 
         for case in plan.cases:
             for _ in range(plan.warmup):
                 generate(server, case, plan)
-            found.runs[case] = [generate(server, case, plan) for _ in range(plan.repeats)]
+            with clocks(server.gpu) as found.clocks[case]:
+                found.runs[case] = [generate(server, case, plan) for _ in range(plan.repeats)]
             with observed(server):
                 found.observed[case] = [generate(server, case, plan) for _ in range(OBSERVED)]
             step(f"{case.name} {server.name}")

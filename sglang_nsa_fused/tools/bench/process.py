@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -30,6 +31,7 @@ PLUGIN_LINE = re.compile(r"\bsglang-nsa-fused .*")  # anywhere in a line: it may
 FALLBACK_LINE = re.compile(r"^(?=.*falling back)(?=.*(?:metadata copy|sglang-nsa-fused)).*$", re.M | re.I)
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?graph: (True|False)")
 PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+), #cached-token: (\d+)")
+AS_NUMBERS = ("--format=csv,noheader,nounits",)
 
 
 class Failed(Exception):
@@ -281,6 +283,29 @@ def gpu_memory_by_process() -> dict[int, float]:
     return found
 
 
+@contextlib.contextmanager
+def clocks(gpu: str) -> Iterator[list[tuple[float, float]]]:
+    """Yields what has the clock of the GPU's SMs in MHz and its power in watts, twice a second, once the block has ended; empty
+    where nvidia-smi is missing."""
+    found: list[tuple[float, float]] = []
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=clocks.sm,power.draw", *AS_NUMBERS, "-lms", "500"]
+    try:
+        sampler = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield found
+        return
+    select.select([sampler.stdout], [], [], 10)  # until it is up, or has ended
+    try:
+        yield found
+    finally:
+        sampler.terminate()
+        said, _ = sampler.communicate()
+        for line in said.split("\n")[:-1]:  # the last may be cut off
+            with contextlib.suppress(ValueError):  # [N/A]
+                mhz, watts = map(float, line.split(","))
+                found.append((mhz, watts))
+
+
 def nvidia_smi(*query: str) -> str:
-    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", *query, *AS_NUMBERS]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
