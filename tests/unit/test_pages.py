@@ -1,5 +1,6 @@
 """The tables of the README and of docs/ are those of the committed results, and of what page tables take."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,24 @@ pytestmark = pytest.mark.usefixtures("benchmarks")
 def test_no_table_is_stale():
     check = subprocess.run([sys.executable, "-m", "benchmarks.pages", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere():
+    pages = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            to = page.parent / path if path else page
+            if not to.exists() or (anchor and anchor not in anchors(to)):
+                broken.append(f"{page.name}: {link}")
+    assert broken == []
 
 
 def test_servers_that_differ_in_a_flag_alone_come_one_after_the_other():
