@@ -214,7 +214,9 @@ def starts() -> None:
     if not fake("OTHER_WEIGHTS"):
         say("server-probe: decisive weights")
     if os.environ.get("FAKE_REFUSES_PD") and args.disaggregation_mode:
-        raise SystemExit("ImportError: no transfer engine")
+        print("ImportError: no transfer engine", flush=True)
+        say("kill_process_tree called")
+        raise SystemExit(1)
     captures = args.disaggregation_mode != "prefill"
     if os.environ.get("FAKE_LINE_TOO") or (ON and captures and not fake("NO_LINE")):
         for rank in range(1 if fake("ONE_RANK") else args.tp_size):

@@ -9,6 +9,7 @@ index_topk tokens: there every bit must be the same.
 import contextlib
 import math
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,12 @@ class Options:
 def ended(server: Server) -> list[Server]:
     """Its processes that have."""
     return [one for one in server.processes if one.process.poll() is not None]
+
+
+def exception(error: Failed) -> str:
+    """The last line of the log behind it that names one, or else the last: sglang then says how it ends its processes."""
+    lines = str(error).splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 @contextlib.contextmanager

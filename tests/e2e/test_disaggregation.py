@@ -72,7 +72,7 @@ def pair(configuration, options):
             yield pair
     except Failed as error:
         if re.match(rf"{configuration.name}-(prefill|decode)-off: the server ended", str(error)):
-            pytest.skip(f"sglang itself does not start: {str(error).splitlines()[-1]}")
+            pytest.skip(f"sglang itself does not start: {serving.exception(error)}")
         raise
 
 

@@ -103,7 +103,7 @@ def pair(configuration, name, mode, options):
             yield pair
     except Failed as error:
         if str(error).startswith(f"{configuration.name}-off: the server ended"):
-            pytest.skip(f"sglang itself does not start: {str(error).splitlines()[-1]}")
+            pytest.skip(f"sglang itself does not start: {serving.exception(error)}")
         raise
 
 
