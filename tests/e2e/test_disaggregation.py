@@ -22,7 +22,7 @@ DECODE_PORT = 500  # after the prefill server's
 BOOTSTRAP_PORT = 2  # the same; NCCL has the next one
 AT_ONCE = 8
 LENGTHS = (7, 63, 64, 65, 66, 500, 1000, 2100, 2600)
-REPRODUCIBLE = 7  # of them: beyond index_topk tokens the top-k takes them in any order, and close drafts are others
+INDEX_TOPK = 2048  # beyond it the top-k takes tokens in any order, and close drafts are others
 # sglang would look for a network; and a transfer that fails would be waited for much longer.
 ENV = {"SGLANG_HOST_IP": HOST} | {f"SGLANG_DISAGGREGATION_{name}_TIMEOUT": "60" for name in ("BOOTSTRAP", "WAITING")}
 
@@ -89,13 +89,16 @@ def test_log_lines(pair):
 
 
 def test_one_by_one(pair):
-    """Drafts too: their batches are the same."""
-    requests = requests_of("one", REPRODUCIBLE)
+    """Of those up to INDEX_TOPK tokens drafts too: their batches are the same."""
+    requests = requests_of("one", len(LENGTHS))
+    short = [request for request in requests if len(request.prompt) + request.output_tokens <= INDEX_TOPK]
+    long = [request for request in requests if request not in short]
     with process.observed(*pair):
         start = time.perf_counter_ns()
-        both = answers(list(pair), requests, [1] * len(requests))
+        both = answers(list(pair), short, [1] * len(short))
         end = time.perf_counter_ns()
-    check_same(pair, requests, *both)
+    check_same(pair, short, *both)
+    check_same(pair, long, *answers(list(pair), long, [1] * len(long)))
     upstream, ours = (process.drafts(server.samples(), start, end) for server in pair)
     console.print(f"  {len(upstream)} rows of draft tokens")
     assert upstream, "the probe saw no draft tokens"
