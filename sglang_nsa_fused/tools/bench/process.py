@@ -294,8 +294,8 @@ def clocks(gpu: str) -> Iterator[list[tuple[float, float]]]:
     except OSError:
         yield found
         return
-    select.select([sampler.stdout], [], [], 10)  # until it is up, or has ended
     try:
+        select.select([sampler.stdout], [], [], 10)  # until it is up, or has ended
         yield found
     finally:
         sampler.terminate()
