@@ -6,6 +6,8 @@ import json
 import pytest
 from stand_in import FAKE, free_port, stub_site
 
+from sglang_nsa_fused.tools.bench import process
+
 
 @pytest.fixture
 def memory(benchmarks):
@@ -18,6 +20,7 @@ def memory(benchmarks):
 def run(memory, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr(memory, "PORTS_APART", 20)
+    monkeypatch.setattr(process, "gpu_memory_mib", lambda gpu: 0)  # others use a real one
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     model = tmp_path / "model"
     model.mkdir()
