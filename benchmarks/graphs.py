@@ -2,8 +2,8 @@
 with them as nodes of the graphs.
 
 For each batch size: GPU operations that the host launches one by one (all, and the plugin's), the plugin's kernels inside
-graphs, and of each of the three graphs the time from the end of what ran before it to its first kernel of the model. Each
-server has the GPU to itself. A profile makes a step slower: its times are of no other use.
+graphs, and of each of the three graphs two times: from the end of what ran before it to its first kernel of the model, and from
+there to its end. Each server has the GPU to itself. A profile makes a step slower: its times are of no other use.
 
     python -m benchmarks.graphs --model-path MODEL --out FILE [--draft-steps 5] [--batch 1 8 64] [--context-length 163840]
 """
@@ -48,14 +48,15 @@ def measures(trace: dict) -> dict[str, float]:
     sizes = sorted({_own(graph)[1] for graph in graphs.values()})
     if len(sizes) != len(GRAPHS):
         raise ValueError(f"expected graphs of {len(GRAPHS)} sizes, got {sizes}")
-    gaps = {name: [] for name in GRAPHS}
+    gaps, spans = ({name: [] for name in GRAPHS} for _ in range(2))
     for graph in graphs.values():
         own, size = _own(graph)
-        first = next(event for event in graph if KERNEL not in event["name"])
+        name, first = GRAPHS[sizes.index(size)], next(event for event in graph if KERNEL not in event["name"])
+        spans[name].append(max(event["ts"] + event["dur"] for event in graph) - first["ts"])
         before = [e for e in work if e["ts"] < first["ts"] and KERNEL not in e["name"] and e["args"].get("stream") is not None]
         if before:
             end = max(event["ts"] + event["dur"] for event in before[-64:])
-            gaps[GRAPHS[sizes.index(size)]].append(first["ts"] - end)
+            gaps[name].append(first["ts"] - end)
     steps = len(gaps["verify"])
     found = {
         "steps": steps,
@@ -63,7 +64,8 @@ def measures(trace: dict) -> dict[str, float]:
         "plugin_launches": sum(KERNEL in event["name"] for event in alone) / steps,
         "plugin_nodes": sum(_own(graph)[0] for graph in graphs.values()) / steps,
     }
-    return found | {f"gap_{name}_us": statistics.median(times) for name, times in gaps.items()}
+    times = {f"{what}_{name}_us": of[name] for what, of in (("gap", gaps), ("graph", spans)) for name in GRAPHS}
+    return found | {metric: statistics.median(of) for metric, of in times.items()}
 
 
 def _own(graph: list[dict]) -> tuple[int, int]:

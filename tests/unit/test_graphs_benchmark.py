@@ -52,6 +52,11 @@ def test_the_gap_is_from_what_ran_before_to_the_model():
     assert [measures(profile(True))[f"gap_{name}_us"] for name in ("draft", "verify", "extend")] == [15] * 3
 
 
+def test_the_time_of_a_graph_is_the_models():
+    for inside in (False, True):
+        assert [measures(profile(inside))[f"graph_{name}_us"] for name in ("draft", "verify", "extend")] == [40, 100, 15]
+
+
 def test_a_profile_without_the_three_graphs_is_refused():
     trace = Trace()
     trace.launch("gemm", "gemm")
