@@ -74,7 +74,8 @@ def described(configuration: Configuration, up: list[Start], args) -> dict:
     finished = min(sum(start.side == side for start in up) for side in record.SIDES)
     found = {"name": configuration.name, "start": "alone", "starts": finished, **{name: getattr(args, name) for name in names}}
     found |= {"seconds_to_ready": {side: max(of) for side, of in ready.items()}, "table_bytes": compare.table_bytes(up)}
-    return found | {"plugin": "".join(up[-1].server.plugin_lines() or up[-2].server.plugin_lines())}
+    ours = [start.server for start in up if start.side == record.OURS]
+    return found | {"plugin": "".join(ours[-1].plugin_lines())}
 
 
 def measure_one(configuration: Configuration, plan: measure.Plan, results: Results, of: measure.Setup, args) -> list[str]:
