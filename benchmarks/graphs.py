@@ -1,9 +1,9 @@
 """What a speculative step of a real server launches, from profiles: without the plugin, with its launches before the graphs, and
 with them as nodes of the graphs.
 
-For each batch size: GPU operations that the host launches one by one (all, and the plugin's), the plugin's kernels inside
-graphs, and of each of the three graphs two times: from the end of what ran before it to its first kernel of the model, and from
-there to its end. Each server has the GPU to itself. A profile makes a step slower: its times are of no other use.
+For each batch size: GPU operations that the host launches one by one (all, their GPU time, and the plugin's), the plugin's
+kernels inside graphs, and of each of the three graphs two times: from the end of what ran before it to its first kernel of the
+model, and from there to its end. Each server has the GPU to itself. A profile makes a step slower: its times are of no other use.
 
     python -m benchmarks.graphs --model-path MODEL --out FILE [--draft-steps 5] [--batch 1 8 64] [--context-length 163840]
 """
@@ -61,6 +61,7 @@ def measures(trace: dict) -> dict[str, float]:
     found = {
         "steps": steps,
         "launches": len(alone) / steps,
+        "launches_us": sum(event["dur"] for event in alone) / steps,
         "plugin_launches": sum(KERNEL in event["name"] for event in alone) / steps,
         "plugin_nodes": sum(_own(graph)[0] for graph in graphs.values()) / steps,
     }

@@ -15,7 +15,7 @@ from sglang_nsa_fused.tools.bench.record import SIDES
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAYS, SMALL = ("h100-0.5.12.post1", "h200-0.5.23"), "h100-0.5.12.post1"
-FULL = ("h200-0.5.23-rank8-n3", "h200-0.5.23-glm52-rank8")
+FULL = ("h200-0.5.23-rank8-n5-128", "h200-0.5.23-glm52-rank8-128")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
@@ -62,6 +62,7 @@ def full_depth(results: dict):
     """A panel: the step of one rank of eight."""
     found = of_metric(results, "decode_step_ms")
     at, _ = found[0]
+    found = [(of, case) for of, case in found if of.length == at.length]
     title = f"{MODELS_RUN[results['model']]}, {at.draft_steps} draft steps, context {at.width:,}"
     groups = {f"{at.length:,} tokens": [(of.batch, case) for of, case in found]}
     return partial(draw, groups=groups, title=title, xlabel="batch", ylabel="step, ms")

@@ -43,6 +43,7 @@ def test_launches_are_told_from_nodes():
     before, within = measures(profile(False)), measures(profile(True))
     assert (before["plugin_launches"], before["plugin_nodes"], before["launches"]) == (3, 0, 6)
     assert (within["plugin_launches"], within["plugin_nodes"], within["launches"]) == (0, 3, 3)
+    assert [before["launches_us"], within["launches_us"]] == [30, 15]
     assert [before["steps"], within["steps"]] == [3, 3]
 
 
