@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 REPORTS = Path(__file__).parents[2] / "docs/upstream"
 
@@ -37,3 +38,14 @@ def test_wide_table(parent, upstream):
     if upstream.release.drop_wide_table is None:
         pytest.skip("the top-k of this release reads the wide table")
     assert "together: 17.18 GB as it is, 0.27 GB with speculation hidden" in printed(parent, "wide_table")
+
+
+def test_many_rows(parent, upstream):
+    if not (folder := Path(upstream.module.__file__).parent / "dsa").exists():
+        pytest.skip(f"sglang {upstream.version} has no DSA indexer")
+    pieces = "_chunked_fp8_paged_mqa_logits" in (folder / "dsa_indexer.py").read_text()
+    assert pieces == (Version(upstream.version) >= Version("0.5.20"))
+    lines = [line for line in printed(parent, "many_rows").splitlines() if " rows, " in line]
+    found = [tuple(map(int, re.findall(r"(\d+) (?:rows|as it is|in one call)", line))) for line in lines]
+    assert found == ([(384, 3, 1), (256, 2, 1), (384, 3, 1)] if pieces else [(384, 1, 1), (256, 1, 1), (384, 1, 1)])
+    assert not any("NOT THE SAME" in line for line in lines)
