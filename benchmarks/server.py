@@ -70,12 +70,12 @@ def setup(configuration: Configuration, release, loader: bool, args) -> measure.
 def described(configuration: Configuration, up: list[Start], args) -> dict:
     """The configuration as the result file has it."""
     names = ("output_tokens", "repeats", "warmup", "context_length", "server_flags")
-    ready = compare.by_side(up, lambda start: start.server.ready_seconds)
-    finished = min(sum(start.side == side for start in up) for side in record.SIDES)
-    found = {"name": configuration.name, "start": "alone", "starts": finished, **{name: getattr(args, name) for name in names}}
-    found |= {"seconds_to_ready": {side: max(of) for side, of in ready.items()}, "table_bytes": compare.table_bytes(up)}
-    ours = [start.server for start in up if start.side == record.OURS]
-    return found | {"plugin": "".join(ours[-1].plugin_lines())}
+    servers_up = compare.by_side(up, lambda start: start.server)
+    ready = {side: max(server.ready_seconds for server in of) for side, of in servers_up.items()}
+    found = {"name": configuration.name, "start": "alone", "starts": min(map(len, servers_up.values()))}
+    found |= {name: getattr(args, name) for name in names}
+    found |= {"seconds_to_ready": ready, "table_bytes": compare.table_bytes(up)}
+    return found | {"plugin": "".join(servers_up[record.OURS][-1].plugin_lines())}
 
 
 def measure_one(configuration: Configuration, plan: measure.Plan, results: Results, of: measure.Setup, args) -> list[str]:
