@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import logging
+import sys
 from types import ModuleType
 from typing import Optional
 
 import torch
 
-from sglang_nsa_fused import __version__, buffers, reference
+from sglang_nsa_fused import __version__, buffers, indexer, reference, releases
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.kernels import Engine, select
 from sglang_nsa_fused.planners import Planners
@@ -46,7 +47,23 @@ class Hooks:
             "sglang-nsa-fused %s active: sglang %s, %s, %s generates; replaces %s and %s",
             *(__version__, self._version, device, engine.name, release.backend, release.multi_step),
         )
+        self._give_all_rows(device_type)
         return engine, Planners(release, self.module, engine)
+
+    def _give_all_rows(self, device_type: str) -> None:
+        """Before the first capture upstream's model has imported its indexer."""
+        name = self.release.indexer
+        cls = getattr(sys.modules.get(name or ""), "Indexer", None)
+        known = releases.find(self._version) is not None
+        if cls is None or not known or self._settings.keep_chunks or device_type != "cuda":
+            return
+        if torch.cuda.get_device_capability()[0] != 9:  # of others nobody knows that they take all
+            return
+        try:
+            indexer.give_all_rows(cls)
+            logger.info("sglang-nsa-fused: DeepGEMM gets all rows of the indexer's logits in one call")
+        except Kept as kept:
+            self.refuse(str(kept))
 
     def decisions(self, backend) -> tuple[Engine, Planners]:
         return self.decided(torch.device(backend.device).type)

@@ -31,6 +31,8 @@ class Release:
     # in for them there; None: DeepGEMM's own.
     schedule_function: str | None
     num_sms: str | None
+    # The module whose Indexer gives DeepGEMM as many rows at a time as there are SMs; None: it gives all.
+    indexer: str | None
     # Attributes of the backend.
     page_size: str
     req_to_token: str
@@ -153,6 +155,7 @@ NSA_0_5_7 = Release(
     drop_wide_table=None,
     schedule_function=None,
     num_sms=None,
+    indexer=None,
     page_size="real_page_size",
     req_to_token="req_to_token",
     draft_tokens="speculative_num_draft_tokens",
@@ -235,6 +238,7 @@ DSA_0_5_20 = replace(
     DSA_0_5_15,
     versions=("0.5.20", "0.5.21"),
     kpool="dsa_index_kpool",
+    indexer="sglang.srt.layers.attention.dsa.dsa_indexer",
     signatures=_dsa_signatures(_PRECOMPUTE, "length", {**_REFRESH, **_KPOOL}),
 )
 DSA_0_5_22 = replace(

@@ -9,6 +9,7 @@ GATE_DSA = "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA"  # its name from sglang 0
 REQUIRED = "SGLANG_NSA_FUSED_REQUIRED"
 VERIFY = "SGLANG_NSA_FUSED_VERIFY"
 KEEP_WIDE_TABLE = "SGLANG_NSA_FUSED_KEEP_WIDE_TABLE"
+KEEP_CHUNKS = "SGLANG_NSA_FUSED_KEEP_CHUNKS"
 BEFORE_GRAPH = "SGLANG_NSA_FUSED_BEFORE_GRAPH"
 ALLOWLIST = "SGLANG_PLUGINS"
 EXTERNAL = "SGLANG_EXTERNAL_MODEL_PACKAGE"
@@ -26,6 +27,7 @@ class Settings:
     external: bool = False  # sglang's model registry loads the plugin
     verify: bool = False  # each replay is compared with the reference
     keep_wide_table: bool = False  # for code of the user's that reads page_table_1
+    keep_chunks: bool = False  # DeepGEMM gets as many rows at a time as there are SMs
     before_graph: bool = False  # each launch comes before its graph, none is a node of it
 
     @classmethod
@@ -39,6 +41,7 @@ class Settings:
             external=env.get(EXTERNAL) == EXTERNAL_PACKAGE,
             verify=_flag(env, VERIFY),
             keep_wide_table=_flag(env, KEEP_WIDE_TABLE),
+            keep_chunks=_flag(env, KEEP_CHUNKS),
             before_graph=_flag(env, BEFORE_GRAPH),
         )
 

@@ -90,17 +90,24 @@ def time(verify: Verify, sm_count: int) -> float:
     return sorted(times[5:])[10]
 
 
-def main() -> None:
+def imported():
+    """sglang's module of the indexer, and DeepGEMM."""
     if not GPU:  # torchvision registers shape functions for operators that it may lack here
         sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("none"))
     indexer = importlib.import_module("sglang.srt.layers.attention.dsa.dsa_indexer")
     if not GPU:
         stand_in_for_a_gpu(indexer)
     import deep_gemm
-    import sglang
 
     if hasattr(indexer, "resolve_fp8_paged_mqa_logits_fn"):  # it remembers the function
         indexer.resolve_fp8_paged_mqa_logits_fn = lambda: deep_gemm.fp8_paged_mqa_logits
+    return indexer, deep_gemm
+
+
+def main() -> None:
+    import sglang
+
+    indexer, deep_gemm = imported()
     sms = deep_gemm.get_num_sms()
     print(f"sglang {sglang.__version__}, {torch.cuda.get_device_name() if GPU else 'no GPU: stand-ins'}; {sms} SMs")
     for name, (context, draft_tokens, heads, layers) in MODELS.items():

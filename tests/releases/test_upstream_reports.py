@@ -44,7 +44,7 @@ def test_many_rows(parent, upstream):
     if not (folder := Path(upstream.module.__file__).parent / "dsa").exists():
         pytest.skip(f"sglang {upstream.version} has no DSA indexer")
     pieces = "_chunked_fp8_paged_mqa_logits" in (folder / "dsa_indexer.py").read_text()
-    assert pieces == (Version(upstream.version) >= Version("0.5.20"))
+    assert pieces == (Version(upstream.version) >= Version("0.5.20")) == (upstream.release.indexer is not None)
     lines = [line for line in printed(parent, "many_rows").splitlines() if " rows, " in line]
     found = [tuple(map(int, re.findall(r"(\d+) (?:rows|as it is|in one call)", line))) for line in lines]
     assert found == ([(384, 3, 1), (256, 2, 1), (384, 3, 1)] if pieces else [(384, 1, 1), (256, 1, 1), (384, 1, 1)])
