@@ -12,6 +12,7 @@ same.
 import argparse
 import itertools
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from sglang_nsa_fused.tools.bench.measure import Case, Start
 from sglang_nsa_fused.tools.bench.process import COMMAND, Failed
 from sglang_nsa_fused.tools.bench.report import console
 from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
+
+FREE = re.compile(r"available_gpu_mem=([\d.]+) GB")  # of sglang's log, after the captures; its GB are GiB
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def described(configuration: Configuration, up: list[Start], args) -> dict:
     found = {"name": configuration.name, "start": "alone", "starts": min(map(len, servers_up.values()))}
     found |= {name: getattr(args, name) for name in names}
     found |= {"seconds_to_ready": ready, "table_bytes": compare.table_bytes(up)}
+    free = {side: [float(gib) for server in of for gib in FREE.findall(server.log_from(0))] for side, of in servers_up.items()}
+    found["free_gib"] = {side: min(of) for side, of in free.items() if of}
     return found | {"plugin": "".join(servers_up[record.OURS][-1].plugin_lines())}
 
 

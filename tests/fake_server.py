@@ -208,7 +208,7 @@ def starts() -> None:
         raise SystemExit("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
     if over > 1:
         raise SystemExit("RuntimeError: Capture cuda graph failed: CUDA out of memory.")
-    say(f"max_total_num_tokens={1000 * hundredths}, chunked_prefill_size=8192")
+    say(f"max_total_num_tokens={1000 * hundredths}, chunked_prefill_size=8192, available_gpu_mem={90 + 2 * ON}.50 GB")
     if fake("DIE_EARLY"):
         raise SystemExit("ValueError: boom")
     if not fake("OTHER_WEIGHTS"):

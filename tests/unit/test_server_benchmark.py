@@ -57,6 +57,7 @@ def test_one_server_at_a_time_and_each_metric_of_a_case(run, tmp_path):
     (configuration,) = found["configurations"]
     assert (configuration["start"], configuration["starts"], configuration["warmup"]) == ("alone", 2, 1)
     assert configuration["table_bytes"] == {"upstream": 3 << 20, "ours": 2 << 20}
+    assert configuration["free_gib"] == {"upstream": 90.5, "ours": 92.5}
     assert configuration["plugin"].startswith("sglang-nsa-fused 0.1.0 active")
     assert all(len(set(one[sha].values())) == 1 for one in cases.values() for sha in ("output_sha", "draft_sha"))
 
