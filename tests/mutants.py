@@ -101,6 +101,20 @@ MUTANTS = {
             "if False:",
             "tests/unit/test_plugin.py",
         ),
+        Mutant(
+            "raised number of SMs stays",
+            "sglang_nsa_fused/indexer.py",
+            "self.sm_count = sms\n",
+            "pass\n",
+            "tests/unit/test_indexer.py",
+        ),
+        Mutant(
+            "all rows without a schedule of all rows",
+            "sglang_nsa_fused/indexer.py",
+            "is not None:\n            self.sm_count",
+            "is not self:\n            self.sm_count",
+            "tests/unit/test_indexer.py",
+        ),
     ],
     "0.5.23": [
         Mutant(
