@@ -81,13 +81,15 @@ def steps(results: dict) -> dict[str, dict]:
 
 
 def full(of: str) -> str:
-    """Servers with a model of full depth. of: result files, with commas between."""
+    """Servers with a model of full depth. of: result files, with commas between; of FILE:8x512+64x512 these cases alone."""
     rows = []
-    for name in of.split(","):
+    for name, _, shown in (one.partition(":") for one in of.split(",")):
         results = load("server", name)
         tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
         for case in steps(results).values():
             at = parse(case["name"])
+            if shown and f"{at.batch}x{at.length}" not in shown.split("+"):
+                continue
             held = tables[case["name"].replace(f"-bs{at.batch}-len{at.length}", "")]
             row = [MODELS_RUN[results["model"]], f"{at.draft_steps}, {at.width:,}", f"{at.batch} x {at.length:,}"]
             row.append(" → ".join(f"{held[side] / 2**30:.2f}" for side in SIDES))

@@ -15,7 +15,7 @@ from sglang_nsa_fused.tools.bench.record import SIDES
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAYS, SMALL = ("h100-0.5.12.post1", "h200-0.5.23"), "h100-0.5.12.post1"
-FULL = ("h200-0.5.23-rank8-n5-128", "h200-0.5.23-glm52-rank8-128")
+FULL = ("h200-0.5.23-rank8-n5-all-rows", "h200-0.5.23-glm52-rank8-all-rows")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
