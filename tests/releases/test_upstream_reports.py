@@ -49,3 +49,11 @@ def test_many_rows(parent, upstream):
     found = [tuple(map(int, re.findall(r"(\d+) (?:rows|as it is|in one call)", line))) for line in lines]
     assert found == ([(384, 3, 1), (256, 2, 1), (384, 3, 1)] if pieces else [(384, 1, 1), (256, 1, 1), (384, 1, 1)])
     assert not any("NOT THE SAME" in line for line in lines)
+
+
+def test_tree_mask(parent, upstream):
+    if Version(upstream.version) < Version("0.5.17"):
+        pytest.skip(f"sglang {upstream.version} makes the mask elsewhere")
+    lines = [line for line in printed(parent, "tree_mask").splitlines() if "bytes" in line]
+    found = [re.findall(r"([\d,]+) bytes", line) for line in lines]
+    assert found == [["402,655,488", "2,304"], ["41,944,064", "1,024"]]
