@@ -52,12 +52,11 @@ class Hooks:
 
     def _give_all_rows(self, device_type: str) -> None:
         """Before the first capture upstream's model has imported its indexer."""
-        name = self.release.indexer
-        cls = getattr(sys.modules.get(name or ""), "Indexer", None)
-        known = releases.find(self._version) is not None
-        if cls is None or not known or self._settings.keep_chunks or device_type != "cuda":
+        name, known = self.release.indexer, releases.find(self._version) is not None
+        if name is None or not known or self._settings.keep_chunks or device_type != "cuda":
             return
-        if torch.cuda.get_device_capability()[0] != 9:  # of others nobody knows that they take all
+        cls = getattr(sys.modules.get(name), "Indexer", None)
+        if cls is None or torch.cuda.get_device_capability()[0] != 9:  # of other GPUs nobody knows that DeepGEMM takes all
             return
         try:
             indexer.give_all_rows(cls)
