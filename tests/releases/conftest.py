@@ -1,4 +1,5 @@
 import gc
+import subprocess
 import sys
 
 import pytest
@@ -35,6 +36,16 @@ def parent():
     yield PARENT
     if PARENT is not None:
         PARENT.close()
+
+
+@pytest.fixture(scope="session")
+def start(parent):
+    """start(code, env) -> CompletedProcess"""
+    return parent.run if parent is not None else in_a_new_process
+
+
+def in_a_new_process(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
 
 
 FOUND: dict[str, dict] = {}  # by the planners' attribute

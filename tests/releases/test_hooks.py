@@ -5,7 +5,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -46,16 +45,6 @@ print(*(cls.__name__ for cls in classes))
 print(*(next(base.__name__ for base in cls.__mro__[1:] if base.__module__ == release.module) for cls in classes))
 """
 IMPORT = "import torch; bare.import_upstream(release, 'cuda' if torch.cuda.is_available() else 'cpu')"
-
-
-@pytest.fixture
-def start(parent):
-    """start(code, env) -> CompletedProcess"""
-    return parent.run if parent is not None else in_a_new_process
-
-
-def in_a_new_process(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
 def loading(start, way):

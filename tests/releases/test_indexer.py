@@ -1,8 +1,6 @@
 """Upstream's indexer gives DeepGEMM all rows of a verify in one call."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,13 +47,10 @@ print("no schedule", many_rows.calls(deep_gemm, verify, sms), set(seen) == {{sms
 """
 
 
-def test_all_rows_in_one_call(parent, upstream):
+def test_all_rows_in_one_call(start, upstream):
     if upstream.release.indexer is None:
         pytest.skip(f"sglang {upstream.version} gives DeepGEMM all rows by itself")
-    if parent is None:
-        ran = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
-    else:
-        ran = parent.run(CODE, dict(os.environ))
+    ran = start(CODE, dict(os.environ))
     assert ran.returncode == 0, ran.stderr
     lines = [line for line in ran.stdout.splitlines() if line.startswith(("before", "after", "shape", "raises", "no schedule"))]
     assert lines == [
