@@ -5,9 +5,9 @@ more. SM90 does, and a row of logits is as wide as the context.
 """
 
 import functools
-import inspect
 
 from sglang_nsa_fused.replay import Kept
+from sglang_nsa_fused.start_check import lacking
 
 METHOD = "_get_topk_paged"
 PARAMETERS = ("self", "forward_batch", "layer_id", "q_fp8", "weights", "metadata")
@@ -15,9 +15,9 @@ PARAMETERS = ("self", "forward_batch", "layer_id", "q_fp8", "weights", "metadata
 
 def give_all_rows(cls) -> None:
     """Wraps the method of upstream's Indexer. Raises Kept where it is another than the one that is known."""
-    original = getattr(cls, METHOD, None)
-    if original is None or tuple(inspect.signature(original).parameters) != PARAMETERS:
+    if lacking(cls, METHOD, PARAMETERS):
         raise Kept(f"sglang was changed: expected {cls.__module__}.Indexer.{METHOD}({', '.join(PARAMETERS)}); reinstall sglang")
+    original = getattr(cls, METHOD)
 
     @functools.wraps(original)
     def in_one_call(self, forward_batch, layer_id, q_fp8, weights, metadata):

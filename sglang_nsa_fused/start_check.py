@@ -39,16 +39,17 @@ def unknown_names(release: Release, module) -> list[str]:
 
 def missing_names(release: Release, module) -> list[str]:
     """What this release should have and the imported backend module lacks or declares otherwise."""
-    missing = []
-    for path, parameters in release.signatures.items():
-        target = module
-        for name in path.split("."):
-            target = getattr(target, name, None)
-        if target is None:
-            missing.append(path)
-        elif tuple(inspect.signature(target).parameters) != parameters:
-            missing.append(f"{path}({', '.join(parameters)})")
+    missing = [lacks for path, parameters in release.signatures.items() if (lacks := lacking(module, path, parameters))]
     fields = getattr(getattr(module, release.metadata, None), "__dataclass_fields__", {})
     optional = (release.captured_lens_2d, release.topk_v2_plan)
     missing += [f"{release.metadata}.{name}" for name in (*release.captured, *optional) if name and name not in fields]
     return missing
+
+
+def lacking(owner, path: str, parameters: tuple[str, ...]) -> str | None:
+    """The path, where owner has nothing there; with the parameters, where it takes others; None where it is as it should be."""
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    if owner is None:
+        return path
+    return None if tuple(inspect.signature(owner).parameters) == parameters else f"{path}({', '.join(parameters)})"
