@@ -94,6 +94,12 @@ class TwoMethodsStep(Step):
 
 
 class OutGraphStep(Step):
+    verify_mask = None  # upstream asks for it after each draft
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        self.verify_mask = self._hooks.verify_mask(self, max_bs)
+
     def init_forward_metadata_in_graph(self, forward_batch):
         super().init_forward_metadata_in_graph(forward_batch)
         # Of decode the scheduler waits for what comes before the graph alone; draft steps are the multi-step backend's.

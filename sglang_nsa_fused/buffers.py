@@ -13,7 +13,8 @@ import torch
 
 logger = logging.getLogger("sglang_nsa_fused")
 
-OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays", "_copies", "_said"}  # set anew for each batch, and ours
+# Set anew for each batch, and ours.
+OF_BATCHES = {"forward_metadata", "_draft_extend", "_replays", "_copies", "_said", "verify_mask"}
 
 
 def steps_are_alike(backends: list) -> bool:

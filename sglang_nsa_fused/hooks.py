@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 import sys
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Optional
 
 import torch
 
-from sglang_nsa_fused import __version__, buffers, indexer, reference, releases
+from sglang_nsa_fused import __version__, buffers, indexer, reference, releases, start_check
 from sglang_nsa_fused.draft_extend import DraftExtend
 from sglang_nsa_fused.kernels import Engine, select
 from sglang_nsa_fused.planners import Planners
@@ -52,8 +53,8 @@ class Hooks:
 
     def _give_all_rows(self, device_type: str) -> None:
         """Before the first capture upstream's model has imported its indexer."""
-        name, known = self.release.indexer, releases.find(self._version) is not None
-        if name is None or not known or self._settings.keep_chunks or device_type != "cuda":
+        name = self.release.indexer
+        if name is None or not self._known or self._settings.keep_chunks or device_type != "cuda":
             return
         cls = getattr(sys.modules.get(name), "Indexer", None)
         if cls is None or torch.cuda.get_device_capability()[0] != 9:  # of other GPUs nobody knows that DeepGEMM takes all
@@ -63,6 +64,10 @@ class Hooks:
             logger.info("sglang-nsa-fused: DeepGEMM gets all rows of the indexer's logits in one call")
         except Kept as kept:
             self.refuse(str(kept))
+
+    @property
+    def _known(self) -> bool:
+        return releases.find(self._version) is not None
 
     def decisions(self, backend) -> tuple[Engine, Planners]:
         return self.decided(torch.device(backend.device).type)
@@ -91,6 +96,28 @@ class Hooks:
         ours = engine.generate_plan is not None and self.speculates(backend) and not self.is_pooled(backend)
         drops = ours and self._may_drop_wide_table
         return buffers.hidden(backend, self.release.draft_tokens) if drops else contextlib.nullcontext()
+
+    def verify_mask(self, backend, max_bs: int):
+        """What says that a verify reads no mask, so that a draft fills none as wide as the context; None where upstream has no
+        such thing, or where this backend is upstream's."""
+        engine, _ = self.decisions(backend)
+        name, draft_tokens = self.release.verify_mask, getattr(backend, self.release.draft_tokens)
+        if not (name and self._known and draft_tokens and engine.generate_plan):
+            return None
+        module = importlib.import_module(name)
+        if lacks := start_check.lacking(module, "maybe_create_verify_mask", releases.VERIFY_MASK):
+            self.refuse(f"sglang was changed: expected {name}.{lacks}; reinstall sglang")
+            return None
+        # The context counts for a mask that is read.
+        return module.maybe_create_verify_mask(
+            is_draft_runner=False,
+            skip_prefill=False,
+            max_bs=max_bs,
+            max_context_len=0,
+            num_draft_tokens=draft_tokens,
+            device=backend.device,
+            is_read=False,
+        )
 
     def has_wide_table(self, backend) -> bool:
         return not (self.release.drop_wide_table and getattr(backend, self.release.drop_wide_table))

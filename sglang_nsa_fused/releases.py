@@ -33,6 +33,8 @@ class Release:
     num_sms: str | None
     # The module whose Indexer gives DeepGEMM as many rows at a time as there are SMs; None: it gives all.
     indexer: str | None
+    # The module with maybe_create_verify_mask: a backend may say that it reads no mask in a verify; None: it may not.
+    verify_mask: str | None
     # Attributes of the backend.
     page_size: str
     req_to_token: str
@@ -156,6 +158,7 @@ NSA_0_5_7 = Release(
     schedule_function=None,
     num_sms=None,
     indexer=None,
+    verify_mask=None,
     page_size="real_page_size",
     req_to_token="req_to_token",
     draft_tokens="speculative_num_draft_tokens",
@@ -219,7 +222,7 @@ _REFRESH = {
 }
 DSA_0_5_15 = replace(
     DSA_0_5_14,
-    versions=("0.5.15", "0.5.15.post1", "0.5.16", "0.5.17", "0.5.18", "0.5.19"),
+    versions=("0.5.15", "0.5.15.post1", "0.5.16"),
     draft_extend=("DRAFT_EXTEND_V2",),
     accepted=None,
     floor=0,
@@ -229,13 +232,15 @@ DSA_0_5_15 = replace(
     drop_wide_table="dsa_drop_wide_page_table",
     signatures=_dsa_signatures(_PRECOMPUTE, "length", _REFRESH),
 )
+VERIFY_MASK = _names("is_draft_runner skip_prefill max_bs max_context_len num_draft_tokens device is_read dtype")
+DSA_0_5_17 = replace(DSA_0_5_15, versions=("0.5.17", "0.5.18", "0.5.19"), verify_mask="sglang.srt.layers.attention.verify_mask")
 _KPOOL = {
     "_copy_base_replay_buffers": ("self", "bs", "metadata", "precomputed", "forward_mode"),
     "_update_kpool_metadata_from_precomputed": ("self", "metadata", "precomputed", "forward_mode"),
     "_update_kpool_metadata_replay": _names("self metadata seq_lens req_pool_indices forward_mode effective_n_per_batch"),
 }
 DSA_0_5_20 = replace(
-    DSA_0_5_15,
+    DSA_0_5_17,
     versions=("0.5.20", "0.5.21"),
     kpool="dsa_index_kpool",
     indexer="sglang.srt.layers.attention.dsa.dsa_indexer",
@@ -259,6 +264,7 @@ RELEASES = (
     DSA_0_5_13,
     DSA_0_5_14,
     DSA_0_5_15,
+    DSA_0_5_17,
     DSA_0_5_20,
     DSA_0_5_22,
     DSA_0_5_23,

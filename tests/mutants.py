@@ -153,6 +153,13 @@ MUTANTS = {
             f"{WIDE}test_it_is_there_where_upstreams_copies_stay",
         ),
         Mutant(
+            "mask of a verify that reads it",
+            "sglang_nsa_fused/hooks.py",
+            "is_read=False",
+            "is_read=True",
+            "tests/releases/test_verify_mask.py::test_a_verify_reads_none",
+        ),
+        Mutant(
             "wide table dropped where speculation is asked about twice",
             "sglang_nsa_fused/buffers.py",
             "and asked == 1",
