@@ -27,8 +27,8 @@ from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 SIDES = OFF, ON = ("off", "on")
 PORTS_APART = 1000  # of two servers: data-parallel attention takes some hundreds more than the first
-CAPTURED = 8  # the largest batch with a graph
-RUNNING = 16  # the largest batch
+CAPTURED = 24  # the largest batch with a graph: with 5 draft steps and more it verifies more rows than a GPU has SMs
+RUNNING = 32  # the largest batch
 CHUNK = 1024  # tokens of a prefill
 CONTEXT = 32_768
 UNDECIDED = 0.1  # nats between two tokens; kernels of another batch size move logits by about a tenth of that
