@@ -7,13 +7,14 @@ there is typed.
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 from benchmarks.cases import Case, parse
 from benchmarks.kv_cache import MODELS, bytes_per_token
 from sglang_nsa_fused.tools import table_memory
-from sglang_nsa_fused.tools.bench.record import SIDES
+from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
 from sglang_nsa_fused.tools.bench.servers import CACHES
 from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
@@ -80,13 +81,34 @@ def steps(results: dict) -> dict[str, dict]:
     return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
 
 
+def pooled(names: str) -> dict:
+    """The first of these server result files ("&" between), with the steps of all: of a case the median of their starts, and as
+    spread the fastest and the slowest start."""
+    results, found = load("server", names.partition("&")[0]), {}
+    for name in names.split("&"):
+        for case in steps(load("server", name)).values():
+            starts = found.setdefault(case["name"], {side: [] for side in SIDES})
+            for side in SIDES:
+                starts[side] += case["processes"][side]
+    cases = []
+    for name in sorted(found, key=parse):
+        medians = {side: statistics.median(starts) for side, starts in found[name].items()}
+        spread = {side: [min(starts), max(starts)] for side, starts in found[name].items()}
+        ratio = medians[UPSTREAM] / medians[OURS]
+        cases.append(
+            {"name": name, "metric": "decode_step_ms", **medians, "ratio": ratio, "spread": spread, "processes": found[name]}
+        )
+    return results | {"cases": cases}
+
+
 def full(of: str) -> str:
-    """Servers with a model of full depth. of: result files, with commas between; of FILE:8x512+64x512 these cases alone."""
+    """Servers with a model of full depth. of: result files, with commas between; of A&B the starts of both; of
+    FILE:8x512+64x512 these cases alone."""
     rows = []
-    for name, _, shown in (one.partition(":") for one in of.split(",")):
-        results = load("server", name)
+    for names, _, shown in (one.partition(":") for one in of.split(",")):
+        results = pooled(names)
         tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
-        for case in steps(results).values():
+        for case in results["cases"]:
             at = parse(case["name"])
             if shown and f"{at.batch}x{at.length}" not in shown.split("+"):
                 continue
