@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.cases import Case, parse
 from benchmarks.kv_cache import MODELS, bytes_per_token
 from sglang_nsa_fused.tools import table_memory
-from sglang_nsa_fused.tools.bench.record import OURS, SIDES, UPSTREAM
+from sglang_nsa_fused.tools.bench import record
+from sglang_nsa_fused.tools.bench.record import SIDES
 from sglang_nsa_fused.tools.bench.servers import CACHES
 from sglang_nsa_fused.tools.bench.small_model import LAYERS
 
@@ -84,21 +85,19 @@ def steps(results: dict) -> dict[str, dict]:
 def pooled(names: str) -> dict:
     """The first of these server result files ("&" between), with the steps of all: of a case the median of their starts, and as
     spread the fastest and the slowest start."""
-    results, found = load("server", names.partition("&")[0]), {}
-    for name in names.split("&"):
-        for case in steps(load("server", name)).values():
-            starts = found.setdefault(case["name"], {side: [] for side in SIDES})
-            for side in SIDES:
-                starts[side] += case["processes"][side]
+    files, found = [load("server", name) for name in names.split("&")], {}
+    for case in (case for results in files for case in steps(results).values()):
+        starts = found.setdefault(case["name"], {side: [] for side in SIDES})
+        for side in SIDES:
+            starts[side] += case["processes"][side]
     cases = []
     for name in sorted(found, key=parse):
-        medians = {side: statistics.median(starts) for side, starts in found[name].items()}
-        spread = {side: [min(starts), max(starts)] for side, starts in found[name].items()}
-        ratio = medians[UPSTREAM] / medians[OURS]
-        cases.append(
-            {"name": name, "metric": "decode_step_ms", **medians, "ratio": ratio, "spread": spread, "processes": found[name]}
-        )
-    return results | {"cases": cases}
+        starts = found[name]
+        medians = [statistics.median(starts[side]) for side in SIDES]
+        spread = {side: [min(of), max(of)] for side, of in starts.items()}
+        fewest = min(map(len, starts.values()))
+        cases.append(record.case(name, "decode_step_ms", *medians, fewest, spread=spread, processes=starts))
+    return files[0] | {"cases": cases}
 
 
 def full(of: str) -> str:

@@ -64,18 +64,24 @@ def time(draft: Draft, backend) -> float:
     return sorted(times[5:])[10]
 
 
-def main() -> None:
+def imported():
+    """sglang's module of the worker."""
     if not GPU:  # torchvision registers shape functions for operators that it may lack here
         sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("none"))
     worker = importlib.import_module("sglang.srt.speculative.eagle_worker_common")
-    dsa = importlib.import_module("sglang.srt.layers.attention.dsa_backend").DeepseekSparseAttnBackend
-    mask = importlib.import_module("sglang.srt.layers.attention.verify_mask")
-    import sglang
-
     if not GPU:
         utils = importlib.import_module("sglang.srt.speculative.eagle_utils")
         for name in ("build_tree_kernel_efficient_func", "sgl_build_tree_kernel_efficient"):  # the latter up to 0.5.22
             setattr(utils, name, lambda *args: None)
+    return worker
+
+
+def main() -> None:
+    worker = imported()
+    dsa = importlib.import_module("sglang.srt.layers.attention.dsa_backend").DeepseekSparseAttnBackend
+    mask = importlib.import_module("sglang.srt.layers.attention.verify_mask")
+    import sglang
+
     print(f"sglang {sglang.__version__}, {torch.cuda.get_device_name() if GPU else 'no GPU'}; batch {REQUESTS}")
     for name, (context, draft_tokens) in MODELS.items():
         draft = Draft(worker, context, draft_tokens)

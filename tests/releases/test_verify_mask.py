@@ -13,15 +13,12 @@ CODE = f"""
 import sys
 sys.path[:0] = [{str(REPORTS)!r}, {str(Path(__file__).parents[1])!r}]
 import tree_mask
-import torch
-from sglang.srt.speculative import eagle_utils, eagle_worker_common
-for name in ("build_tree_kernel_efficient_func", "sgl_build_tree_kernel_efficient"):
-    tree_mask.GPU or setattr(eagle_utils, name, lambda *args: None)
 from upstream import Upstream
 
+worker = tree_mask.imported()
 upstream = Upstream(tree_mask.DEVICE if tree_mask.GPU else "cpu")
 with upstream.gpu():
-    draft = tree_mask.Draft(eagle_worker_common, 3_110, 6)
+    draft = tree_mask.Draft(worker, 3_110, 6)
     for backend in upstream.graphs("TARGET_VERIFY", 6):
         mask = draft.verify_input(backend).custom_mask
         print("mask", mask.numel(), mask.dtype)
