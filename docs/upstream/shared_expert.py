@@ -1,4 +1,4 @@
-"""In sglang's CUDA graphs the routed experts' kernel takes longer where a GEMM of the shared expert runs as it starts.
+"""In sglang's CUDA graphs the routed experts' kernel takes longer where a GEMM of the shared expert runs on as it starts.
 
 Reads profiles that sglang wrote (POST /start_profile), *.trace.json.gz, of servers whose MoE is Triton's. Needs Python alone.
 
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 MOE = "fused_moe_kernel"  # twice a layer: gate and up, then down
+SETTLED = 0.9  # us after which its blocks have their SMs: kernels with a GEMM that ended sooner were as fast as those alone
 KINDS = ((1000, "verify"), (100, "draft steps"), (40, "draft extend"))  # so many kernels at the least, with 60 layers and more
 
 
@@ -26,10 +27,10 @@ def replays(path: Path) -> list[list[dict]]:
 
 
 def is_beside(kernels: list[dict], number: int) -> bool:
-    """Whether a kernel of another stream runs as this one starts."""
+    """Whether a kernel of another stream that began before this one still runs when this one's blocks have their SMs."""
     this, before = kernels[number], kernels[max(0, number - 8) : number]
     others = [one for one in before if one["args"]["stream"] != this["args"]["stream"]]
-    return any(one["ts"] + one["dur"] > this["ts"] for one in others)
+    return any(one["ts"] + one["dur"] > this["ts"] + SETTLED for one in others)
 
 
 def main() -> None:
