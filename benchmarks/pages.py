@@ -112,12 +112,14 @@ def full(of: str) -> str:
             if shown and f"{at.batch}x{at.length}" not in shown.split("+"):
                 continue
             held = tables[case["name"].replace(f"-bs{at.batch}-len{at.length}", "")]
-            row = [MODELS_RUN[results["model"]], f"{at.draft_steps}, {at.width:,}", f"{at.batch} x {at.length:,}"]
+            row = [MODELS_RUN[results["model"]] + ", fp8 cache" * (at.cache == "fp8"), f"{at.draft_steps}, {at.width:,}"]
+            row.append(f"{at.batch} x {at.length:,}")
             row.append(" → ".join(f"{held[side] / 2**30:.2f}" for side in SIDES))
             times = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in SIDES]
             starts = " and ".join(str(len(case["processes"][side])) for side in SIDES)
-            rows.append([results["sglang"], *row, *times, f"{case['ratio']:.2f}", starts])
-    header = ["sglang", "model", "draft steps, context", "batch x tokens", "GiB of tables"]
+            release = f"{results['sglang']}, {results['gpu'].split()[1]}"  # NVIDIA H100 80GB HBM3
+            rows.append([release, *row, *times, f"{case['ratio']:.2f}", starts])
+    header = ["sglang, GPU", "model", "draft steps, context", "batch x tokens", "GiB of tables"]
     return rows_of([*header, "step ms, sglang", "with the plugin", "times", "starts"], rows)
 
 
