@@ -30,6 +30,20 @@ OF_REFRESHES = {
 PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md", "docs/memory.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 MODELS_RUN = {"model-v32-rank8": "DeepSeek-V3.2", "model-glm52-rank8": "GLM-5.2"}  # one rank of eight, at full depth
+# Starts that are shown together -> their result files; those from 0.5.23-n3-small on are of several machines.
+POOLED = {
+    "0.5.23-n3": ("h100-0.5.23-rank8-n3-gpu0", "h100-0.5.23-rank8-n3-gpu1"),
+    "0.5.23-n5": ("h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
+    "0.5.23-glm52": ("h200-0.5.23-glm52-rank8-gpu0", "h200-0.5.23-glm52-rank8-gpu1"),
+    "0.5.23-n3-small": ("h200-0.5.23-rank8-n3", "h200-0.5.23-rank8-n3-gpu3"),
+    "0.5.23-n3-large": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-gpu3"),
+    "0.5.23-n3-long": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-gpu3"),
+    "0.5.12.post1": (
+        "h200-0.5.12.post1-rank8",
+        "h200-0.5.12.post1-rank8-gpu0",
+        "h200-0.5.12.post1-rank8-gpu0-later",
+    ),
+}
 # What the pages show of a release's servers with the small model.
 SHOWN = {
     "h200-0.5.23-wide": (
@@ -82,10 +96,10 @@ def steps(results: dict) -> dict[str, dict]:
     return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
 
 
-def pooled(names: str) -> dict:
-    """The first of these server result files ("&" between), with the steps of all: of a case the median of their starts, and as
-    spread the fastest and the slowest start."""
-    files, found = [load("server", name) for name in names.split("&")], {}
+def pooled(of: str) -> dict:
+    """The first of these server result files, with the steps of all: of a case the median of their starts, and as spread the
+    fastest and the slowest start. of: one of POOLED, or a file."""
+    files, found = [load("server", name) for name in POOLED.get(of, (of,))], {}
     for case in (case for results in files for case in steps(results).values()):
         starts = found.setdefault(case["name"], {side: [] for side in SIDES})
         for side in SIDES:
@@ -101,11 +115,10 @@ def pooled(names: str) -> dict:
 
 
 def full(of: str) -> str:
-    """Servers with a model of full depth. of: result files, with commas between; of A&B the starts of both; of
-    FILE:8x512+64x512 these cases alone."""
+    """Servers with a model of full depth. of: as in pooled, with commas between; of NAME:8x512+64x512 these cases alone."""
     rows = []
-    for names, _, shown in (one.partition(":") for one in of.split(",")):
-        results = pooled(names)
+    for name, _, shown in (one.partition(":") for one in of.split(",")):
+        results = pooled(name)
         tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
         for case in results["cases"]:
             at = parse(case["name"])

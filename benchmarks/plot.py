@@ -15,7 +15,7 @@ from sglang_nsa_fused.tools.bench.record import SIDES
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAYS, SMALL = ("h100-0.5.12.post1", "h200-0.5.23"), "h100-0.5.12.post1"
-FULL = ("h200-0.5.23-rank8-n5-gpu2&h200-0.5.23-rank8-n5-gpu3", "h200-0.5.23-glm52-rank8-gpu0&h200-0.5.23-glm52-rank8-gpu1")
+FULL = ("0.5.23-n5", "0.5.23-glm52")
 KINDS = {"draft": "draft steps", "verify": "target verify", "extend": "draft extend"}
 # Of a server's case -> how a picture calls it along its axis, and one value of it.
 DIMENSIONS = {
@@ -85,7 +85,7 @@ def main(folder: Path = DOCS) -> None:
     servers = load("server", SMALL)
     steps = of_metric(servers, "decode_step_ms")
     save(servers, folder / f"step-{SMALL}.png", *(panel for of in DIMENSIONS if (panel := step_along(steps, of))))
-    full = [pooled(names) for names in FULL]
+    full = [pooled(name) for name in FULL]
     save(full[0], folder / "gain-h200-0.5.23.png", tables_by_batch, *map(full_depth, full))
 
 
