@@ -30,15 +30,18 @@ OF_REFRESHES = {
 PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md", "docs/memory.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 MODELS_RUN = {"model-v32-rank8": "DeepSeek-V3.2", "model-glm52-rank8": "GLM-5.2"}  # one rank of eight, at full depth
-# Starts that are shown together -> their result files; those from 0.5.23-n3-small on are of several machines.
+# Starts that are shown together -> their result files; those from 0.5.23-n5-8long on are of several machines.
 POOLED = {
     "0.5.23-n3": ("h100-0.5.23-rank8-n3-gpu0", "h100-0.5.23-rank8-n3-gpu1"),
     "0.5.23-n5": ("h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
     "0.5.23-glm52": ("h200-0.5.23-glm52-rank8-gpu0", "h200-0.5.23-glm52-rank8-gpu1"),
+    "0.5.12.post1": ("h100-0.5.12.post1-rank8-gpu2", "h100-0.5.12.post1-rank8-gpu3"),
+    "0.5.23-n3-8long": ("h100-0.5.23-rank8-n3-8long-gpu0", "h100-0.5.23-rank8-n3-8long-gpu2"),
+    "0.5.23-n5-8long": ("h100-0.5.23-rank8-n5-8long", "h100-0.5.23-rank8-n5-8x131072"),
     "0.5.23-n3-small": ("h200-0.5.23-rank8-n3", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-large": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-long": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-gpu3"),
-    "0.5.12.post1": (
+    "0.5.12.post1-h200": (
         "h200-0.5.12.post1-rank8",
         "h200-0.5.12.post1-rank8-gpu0",
         "h200-0.5.12.post1-rank8-gpu0-later",
