@@ -75,10 +75,8 @@ def _own(graph: list[dict]) -> tuple[int, int]:
     return own, len(graph) - own
 
 
-def profiled(server: Server, case: measure.Case, plan: measure.Plan, folder: Path) -> dict[str, float]:
-    """Raises Failed."""
-    for _ in range(plan.warmup):
-        measure.generate(server, case, plan)
+def profile(server: Server, case: measure.Case, plan: measure.Plan, folder: Path) -> Path:
+    """Of steps in the midst of a call. Raises Failed."""
     folder.mkdir()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(measure.generate, server, case, plan)
@@ -88,8 +86,12 @@ def profiled(server: Server, case: measure.Case, plan: measure.Plan, folder: Pat
     if not wait(lambda: any(folder.glob("*.trace.json.gz")), 60):
         raise Failed(f"{server.name}: sglang wrote no profile of {case.name}{server.tail()}")
     time.sleep(2)  # and has closed it
-    with gzip.open(next(folder.glob("*.trace.json.gz")), "rt") as file:
-        return measures(json.load(file))
+    return next(folder.glob("*.trace.json.gz"))
+
+
+def read(path: Path) -> dict:
+    with gzip.open(path, "rt") as file:
+        return json.load(file)
 
 
 def compared(results: dict, cases: list[measure.Case], draft_steps: int) -> list[dict]:
@@ -143,7 +145,9 @@ def main(argv=None) -> int:
                 wait_ready([server], time.monotonic() + args.ready_seconds)
                 server.check_plugin(plugin)
                 for case in cases:
-                    results[way, case.name] = profiled(server, case, plan, folder / f"{way}-{case.name}")
+                    for _ in range(plan.warmup):
+                        measure.generate(server, case, plan)
+                    results[way, case.name] = measures(read(profile(server, case, plan, folder / f"{way}-{case.name}")))
                     console.print(case.name, way, results[way, case.name])
                     record.write(path, head, cases=compared(results, cases, args.draft_steps))
         except (Failed, ValueError) as error:

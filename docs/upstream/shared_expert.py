@@ -33,15 +33,20 @@ def is_beside(kernels: list[dict], number: int) -> bool:
     return any(one["ts"] + one["dur"] > this["ts"] + SETTLED for one in others)
 
 
+def first_kernels(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Of each kind of graph in a profile, the microseconds of each layer's first kernel of the routed experts."""
+    found = collections.defaultdict(lambda: {"beside a GEMM": [], "alone": []})
+    for kernels in replays(path):
+        kind = next((kind for least, kind in KINDS if len(kernels) >= least), None)
+        first = [number for number, one in enumerate(kernels) if MOE in one["name"]][::2]
+        for number in first if kind else ():
+            found[kind]["beside a GEMM" if is_beside(kernels, number) else "alone"].append(kernels[number]["dur"])
+    return found
+
+
 def main() -> None:
     for path in map(Path, sys.argv[1:]):
-        found = collections.defaultdict(lambda: {"beside a GEMM": [], "alone": []})
-        for kernels in replays(path):
-            kind = next((kind for least, kind in KINDS if len(kernels) >= least), None)
-            first = [number for number, one in enumerate(kernels) if MOE in one["name"]][::2]
-            for number in first if kind else ():
-                found[kind]["beside a GEMM" if is_beside(kernels, number) else "alone"].append(kernels[number]["dur"])
-        for kind, of in found.items():
+        for kind, of in first_kernels(path).items():
             said = [f"{len(us)} {how}, {statistics.median(us):.0f} us" for how, us in of.items() if us]
             print(f"{path.name}, {kind}: {'; '.join(said)}", flush=True)
 
