@@ -1,8 +1,8 @@
 """Why two starts of one server differ by a millisecond and more: starts that differ in one thing each, one after the other, alone
-on the GPU. Of each the time of a step, and of a profile of the same process what the graphs take, and how the shared expert and
-the routed experts meet in the verify graph (docs/upstream/shared_expert.py).
+on the GPU. Of each, and each case, the time of a step, and of a profile of the same process what the graphs take, and how the
+shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py).
 
-    python -m benchmarks.speeds --model-path MODEL --out FILE off on off on+SGLANG_NSA_FUSED_KEEP_WIDE_TABLE=1 off+--random-seed=1
+    python -m benchmarks.speeds off on off on+SGLANG_NSA_FUSED_KEEP_WIDE_TABLE=1 off+--random-seed=1 --model-path MODEL --out FILE
 
 What follows a + is one more variable of the environment, or one more flag.
 """
@@ -15,14 +15,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Iterator
 
 from benchmarks import graphs
 from benchmarks.record import commit
+from benchmarks.server import batch_and_length
 from sglang_nsa_fused.tools.bench import compare, measure, record, servers
 from sglang_nsa_fused.tools.bench.process import Failed, Server, running, wait_ready
 from sglang_nsa_fused.tools.bench.report import console
 from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
+OUTPUT_TOKENS = 192  # so that a profile lies within a call
 _spec = importlib.util.spec_from_file_location("shared_expert", Path(__file__).parents[1] / "docs/upstream/shared_expert.py")
 shared_expert = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared_expert)
@@ -31,41 +34,42 @@ _spec.loader.exec_module(shared_expert)
 def of_profile(path: Path) -> dict[str, float]:
     found = graphs.measures(graphs.read(path))
     times = {f"{name}_us": round(found[f"graph_{name}_us"], 1) for name in graphs.GRAPHS}
-    for how, us in shared_expert.first_kernels(path)["verify"].items():
-        name = how.split()[0]
+    for how, of in shared_expert.first_kernels(path)["verify"].items():
+        name, us = how.split()[0], [kernel["dur"] for kernel, _ in of]
         times |= {f"experts_{name}": len(us), f"experts_{name}_us": round(statistics.median(us), 1) if us else None}
     return times
 
 
-def started(start: str, number: int, flags: list, args, loader: bool) -> dict:
-    """What was measured of a start. Raises Failed."""
+def started(start: str, number: int, flags: list, args, loader: bool) -> Iterator[dict]:
+    """What was measured of a start, for each case. Raises Failed."""
     side, *more = start.split("+")
     plugin = side == "on"
     env = servers.environment(plugin, args.log_dir / "probe", loader=loader)
     env |= dict(one.split("=", 1) for one in more if not one.startswith("-"))
     flags = [*flags, *(part for one in more if one.startswith("-") for part in one.split("=", 1))]
-    server, case = Server(f"{number}-{side}", args.port, flags, env, args.log_dir), measure.Case(1, args.length)
-    plan = measure.Plan([case], 1, 1, args.repeats, 192, args.ready_seconds, args.ready_seconds)
+    server = Server(f"{number}-{side}", args.port, flags, env, args.log_dir)
+    plan = measure.Plan(args.case, 1, 1, args.repeats, OUTPUT_TOKENS, args.ready_seconds, args.ready_seconds)
     with running([server]):
         wait_ready([server], time.monotonic() + args.ready_seconds)
         server.check_plugin(plugin)
-        runs = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
-        path = graphs.profile(server, case, plan, args.log_dir / server.name)
-    steps = compare.decode_steps(server.samples(), runs, case.batch)
-    found = {"start": start, "decode_step_ms": round(statistics.median(steps), 3), "spread": record.spread(steps)}
-    return found | {"seconds_to_ready": server.ready_seconds} | of_profile(path)
+        for case in args.case:
+            runs = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
+            path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}")
+            steps = compare.decode_steps(server.samples(), runs, case.batch)
+            found = {"number": number, "start": start, "case": case.name, "seconds_to_ready": server.ready_seconds}
+            found |= {"decode_step_ms": round(statistics.median(steps), 3), "spread": record.spread(steps)}
+            yield found | of_profile(path)
 
 
-def main(argv=None) -> int:
+def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("starts", nargs="+", metavar="off|on[+NAME=VALUE|+--flag[=value]]")
+    add("starts", nargs="+", metavar="off|on[+NAME=VALUE|+--flag=value]")
     add("--model-path", type=Path, required=True, help="a folder with a config.json; weights are random")
     add("--draft-steps", type=int, default=3)
-    add("--length", type=int, default=32_768)
+    add("--case", type=batch_and_length, nargs="+", default=[measure.Case(1, 32_768)], metavar="BATCHxLEN", help="in this order")
     add("--repeats", type=int, default=2)
     add("--context-length", type=int, default=163_840)
-    add("--graph-batch", type=int, default=128, help="graphs up to this batch")
     add("--server-flags", default="", help="more flags for all servers, in one string")
     add("--ready-seconds", type=float, default=420)
     add("--max-minutes", type=float, default=float("inf"), help="begin nothing that would end later")
@@ -74,19 +78,28 @@ def main(argv=None) -> int:
     add("--out", type=Path, required=True)
     add("--commit")
     args = parser.parse_args(argv)
+    for start in args.starts:
+        side, *more = start.split("+")
+        if side not in ("off", "on") or not all("=" in one for one in more):
+            parser.error(f"starts: expected off or on and what is added as NAME=VALUE or --flag=value, got {start}")
+    args.log_dir = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-speeds-"))).resolve()
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     deadline, longest, problems, found = time.monotonic() + 60 * args.max_minutes, 0.0, [], []
     interrupt_on_signals()
-    args.log_dir = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-speeds-"))).resolve()
     servers.write_probe(args.log_dir / "probe")
     try:
         machine, release, loader = servers.machine()
     except Failed as error:
         raise SystemExit(str(error)) from None
-    flags = servers.flags(release, args.draft_steps, "bf16", args.graph_batch)
-    flags += servers.size_flags(args.model_path.resolve(), args.context_length, args.graph_batch)
-    flags += shlex.split(args.server_flags)
-    names = ("draft_steps", "length", "context_length", "server_flags")
-    more = {name: getattr(args, name) for name in names}
+    most = max(case.batch for case in args.case)
+    flags = servers.flags(release, args.draft_steps, "bf16", most)
+    flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, most))
+    flags += ["--max-total-tokens", servers.total_tokens(args.case, OUTPUT_TOKENS), *shlex.split(args.server_flags)]
+    more = {name: getattr(args, name) for name in ("draft_steps", "context_length", "server_flags")}
     head = record.head("speeds", args.commit or commit(), machine, model=args.model_path.name, **more)
     for number, start in enumerate(args.starts, 1):
         began = time.monotonic()
@@ -94,9 +107,10 @@ def main(argv=None) -> int:
             problems.append(f"{start}: not started, too little time is left")
             break
         try:
-            found.append({"number": number} | started(start, number, flags, args, loader))
-            console.print(found[-1])
-            record.write(args.out, head, cases=found)
+            for one in started(start, number, flags, args, loader):
+                found.append(one)
+                console.print(one)
+                record.write(args.out, head, cases=found)
         except (Failed, ValueError) as error:
             problems.append(f"{start}: {error}")
         longest = max(longest, time.monotonic() - began)

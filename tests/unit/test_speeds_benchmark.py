@@ -1,0 +1,95 @@
+"""benchmarks/speeds.py with tests/fake_server.py in place of sglang, and a profile made here in place of sglang's."""
+
+import gzip
+import json
+
+import pytest
+from stand_in import FAKE, NO_GPU, free_port, stub_site
+
+from sglang_nsa_fused.tools.bench import process
+
+
+def kernels(count: int, replay: int, start: float, gemm_us: float) -> list[dict]:
+    """A graph of layers of four kernels; the GEMM begins 2 us before the routed experts' first kernel, which is alone where it
+    takes 1."""
+    shape = {"grid": [1, 1, 1], "block": [32, 1, 1], "registers per thread": 32, "shared memory": 0}
+    found = []
+    for layer in range(count // 4):
+        at = start + 100 * layer
+        of = (
+            ("norm", 7, at, 5),
+            ("gemm", 8, at + 6, gemm_us),
+            ("fused_moe_kernel", 7, at + 8, 50),
+            ("fused_moe_kernel", 7, at + 60, 20),
+        )
+        found += [(name, at, us, {"correlation": replay, "stream": stream} | shape) for name, stream, at, us in of]
+    return [{"ph": "X", "cat": "kernel", "name": name, "ts": at, "dur": us, "args": args} for name, at, us, args in found]
+
+
+def profile(server, case, plan, folder):
+    events = []
+    for replay, (count, gemm_us) in enumerate([(40, 1), (120, 1), (1000, 9), (40, 1), (120, 1), (1000, 1)]):
+        events.append(
+            {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 1, "args": {"correlation": replay}}
+        )
+        events += kernels(count, replay, 100_000 * replay, gemm_us)
+    folder.mkdir()
+    path = folder / "one.trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    return path
+
+
+started = []
+
+
+def server(name, port, flags, env, folder):
+    started.append((name, flags, env))
+    return process.Server(name, port, flags, env, folder, FAKE)
+
+
+@pytest.fixture
+def run(benchmarks, tmp_path, monkeypatch):
+    from benchmarks import graphs, speeds
+
+    monkeypatch.setattr(process, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(graphs, "profile", profile)
+    monkeypatch.setattr(speeds, "Server", server)
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", NO_GPU)
+    monkeypatch.setenv("PYTHONPATH", str(stub_site(tmp_path / "site")))
+
+    def call(*starts: str) -> tuple[int, dict]:
+        out = tmp_path / "speeds.json"
+        own = ["--case", "2x64", "1x64", "--commit", "c", "--out", out, "--log-dir", tmp_path / "logs", "--port", free_port()]
+        status = speeds.main([*starts, *map(str, [*own, "--model-path", tmp_path])])
+        return status, json.loads(out.read_text()) if out.exists() else {}
+
+    return call
+
+
+def test_each_start_and_case_has_its_step_and_its_graphs(run):
+    status, found = run("off", "on")
+    assert status == 0 and (found["what"], found["draft_steps"]) == ("speeds", 3)
+    cases = found["cases"]
+    both = ["bs2-len64", "bs1-len64"]
+    assert [(one["number"], one["start"], one["case"]) for one in cases] == [
+        (number, start, case) for number, start in ((1, "off"), (2, "on")) for case in both
+    ]
+    for one in cases:
+        assert one["decode_step_ms"] > 0
+        assert [one[f"{name}_us"] for name in ("extend", "draft", "verify")] == [980, 2980, 24980]
+        assert (one["experts_beside"], one["experts_alone"], one["experts_alone_us"]) == (250, 250, 50)
+
+
+def test_what_a_start_adds_reaches_its_server_alone(run):
+    started.clear()
+    assert run("off+--random-seed=7", "on+MORE=1")[0] == 0
+    (_, off_flags, off), (_, on_flags, on) = started
+    assert off_flags[-2:] == ["--random-seed", "7"] and "7" not in on_flags
+    assert "MORE" not in off and on["MORE"] == "1"
+
+
+def test_a_start_that_cannot_be_read_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("off", "of+A=1")
+    assert "expected off or on" in capsys.readouterr().err
