@@ -30,14 +30,32 @@ OF_REFRESHES = {
 PAGES = tuple(HERE.parent / page for page in ("README.md", "docs/performance.md", "docs/memory.md"))
 TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
 MODELS_RUN = {"model-v32-rank8": "DeepSeek-V3.2", "model-glm52-rank8": "GLM-5.2"}  # one rank of eight, at full depth
-# Starts that are shown together -> their result files; those from 0.5.23-n5-8long on are of several machines.
+# Starts that are shown together -> their result files; those from 0.5.23-n3-8long on are of several machines.
 POOLED = {
     "0.5.23-n3": ("h100-0.5.23-rank8-n3-gpu0", "h100-0.5.23-rank8-n3-gpu1"),
     "0.5.23-n5": ("h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
     "0.5.23-glm52": ("h200-0.5.23-glm52-rank8-gpu0", "h200-0.5.23-glm52-rank8-gpu1"),
     "0.5.12.post1": ("h100-0.5.12.post1-rank8-gpu2", "h100-0.5.12.post1-rank8-gpu3"),
-    "0.5.23-n3-8long": ("h100-0.5.23-rank8-n3-8long-gpu0", "h100-0.5.23-rank8-n3-8long-gpu2"),
-    "0.5.23-n5-8long": ("h100-0.5.23-rank8-n5-8long", "h100-0.5.23-rank8-n5-8x131072"),
+    "0.5.23-n3-8long": (
+        "h100-0.5.23-rank8-n3-8long-gpu0",
+        "h100-0.5.23-rank8-n3-8long-gpu2",
+        "h100-0.5.23-rank8-n3-8long-later-gpu0",
+        "h100-0.5.23-rank8-n3-8long-later-gpu1",
+    ),
+    "0.5.23-n5-8long": (
+        "h100-0.5.23-rank8-n5-8long",
+        "h100-0.5.23-rank8-n5-8x131072",
+        "h100-0.5.23-rank8-n5-8long-later-gpu2",
+        "h100-0.5.23-rank8-n5-8long-later-gpu3",
+    ),
+    "0.5.23-n3-speeds": (
+        "h100-0.5.23-rank8-n3-first-gpu1",
+        "h100-0.5.23-rank8-n3-first-gpu3",
+        "h100-0.5.23-rank8-n3-gpu0",
+        "h100-0.5.23-rank8-n3-gpu1",
+        "h100-0.5.23-rank8-n3-gpu2",
+        "h100-0.5.23-rank8-n3-gpu3",
+    ),
     "0.5.23-n3-small": ("h200-0.5.23-rank8-n3", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-large": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-long": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-gpu3"),
@@ -230,8 +248,32 @@ def graphs(of: str) -> str:
     return rows_of(["case", *(label for label, _ in metrics.values())], rows)
 
 
+def speeds(of: str) -> str:
+    """Starts with a profile each, those that differ in nothing in one row. of: one of POOLED."""
+    starts: dict[str, list[dict]] = {}
+    for one in (case for name in POOLED[of] for case in load("speeds", name)["cases"]):
+        starts.setdefault(one["start"], []).append(one)
+    rows = []
+    for start in sorted(starts, key=lambda start: (start.count("+"), start.startswith("on"))):
+        side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
+        row = [", ".join([{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more)]), len(starts[start])]
+        for metric, digits, unit in (
+            ("decode_step_ms", 2, 1),
+            ("verify_us", 2, 1e3),
+            ("experts_beside_us", 0, 1),
+            ("experts_alone_us", 0, 1),
+        ):
+            values = [one[metric] / unit for one in starts[start]]
+            row.append(" to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values)))))
+        beside, alone = (sum(one[f"experts_{how}"] for one in starts[start]) for how in ("beside", "alone"))
+        rows.append([*row, f"{100 * alone / (beside + alone):.1f}"])
+    header = ["start", "starts", "step, ms", "verify graph, ms", "experts' kernel beside a GEMM, us", "alone, us", "% alone"]
+    return rows_of(header, rows)
+
+
 TABLES = {
     "graphs": graphs,
+    "speeds": speeds,
     "full": full,
     "replay": replay,
     "gain": gain,
