@@ -263,8 +263,8 @@ def speeds(of: str) -> str:
             ("experts_beside_us", 0, 1),
             ("experts_alone_us", 0, 1),
         ):
-            values = [one[metric] / unit for one in starts[start]]
-            row.append(" to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values)))))
+            values = sorted(one[metric] / unit for one in starts[start] if one[metric])
+            row.append(" to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in values[:1] + values[-1:])))
         beside, alone = (sum(one[f"experts_{how}"] for one in starts[start]) for how in ("beside", "alone"))
         rows.append([*row, f"{100 * alone / (beside + alone):.1f}"])
     header = ["start", "starts", "step, ms", "verify graph, ms", "experts' kernel beside a GEMM, us", "alone, us", "% alone"]

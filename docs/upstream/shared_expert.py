@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent / "verify_graph.trace.json.gz"
+REPLAY = Path(__file__).parent / "verify_graph.trace.json.gz"
 MOE = "fused_moe_kernel"  # twice a layer: gate and up, then down
 SETTLED = 0.9  # us after which its blocks have their SMs: kernels with a GEMM that ended sooner were as fast as those alone
 KINDS = ((1000, "verify"), (100, "draft steps"), (40, "draft extend"))  # so many kernels at the least, with 60 layers and more
@@ -74,7 +74,7 @@ def why(kernel: dict, gemm: dict) -> str:
 
 
 def main() -> None:
-    for path in map(Path, sys.argv[1:] or [HERE]):
+    for path in map(Path, sys.argv[1:] or [REPLAY]):
         for kind, of in first_kernels(path).items():
             said = [f"{len(us)} {how}, {statistics.median(one['dur'] for one, _ in us):.0f} us" for how, us in of.items() if us]
             print(f"{path.name}, {kind}: {'; '.join(said)}", flush=True)
