@@ -18,12 +18,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.record import commit, default_path
+from benchmarks.record import commit, default_path, machine
 from sglang_nsa_fused.settings import BEFORE_GRAPH
 from sglang_nsa_fused.tools.bench import measure, record, servers
 from sglang_nsa_fused.tools.bench.process import Failed, Server, running, wait, wait_ready
 from sglang_nsa_fused.tools.bench.report import console
-from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 WAYS = {"off": (False, {}), "before": (True, {BEFORE_GRAPH: "1"}), "in": (True, {})}
 GRAPHS = ("extend", "draft", "verify")  # by their number of kernels: a layer, one for each draft step but the first, the model
@@ -123,20 +122,16 @@ def main(argv=None) -> int:
     add("--out", type=Path)
     add("--commit")
     args = parser.parse_args(argv)
-    interrupt_on_signals()
     folder = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-graphs-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        machine, release, loader = servers.machine()
-    except Failed as error:
-        raise SystemExit(str(error)) from None
+    of, release, loader = machine()
     cases, problems, results = [measure.Case(batch, args.length) for batch in args.batch], [], {}
     plan = measure.Plan(cases, 1, 2, 1, 192, args.ready_seconds, args.ready_seconds)
     flags = servers.flags(release, args.draft_steps, "bf16", max(args.batch))
     flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, *args.batch))
     flags += ["--max-total-tokens", servers.total_tokens(cases, plan.output_tokens)]
-    path = args.out or default_path("graphs", machine["gpu"], machine["sglang"])
-    head = record.head("graphs", args.commit or commit(), machine, model=args.model_path.name)
+    path = args.out or default_path("graphs", of["gpu"], of["sglang"])
+    head = record.head("graphs", args.commit or commit(), of, model=args.model_path.name)
     for way in args.ways:
         plugin, more = WAYS[way]
         server = Server(way, args.port, flags, servers.environment(plugin, loader=loader) | more, folder)

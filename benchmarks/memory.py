@@ -19,12 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import commit, default_path
+from benchmarks.record import commit, default_path, machine
 from sglang_nsa_fused.tools.bench import process, record, servers
 from sglang_nsa_fused.tools.bench.process import COMMAND, Failed, gpu_memory_mib
 from sglang_nsa_fused.tools.bench.record import OURS, SIDES
 from sglang_nsa_fused.tools.bench.report import console
-from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 TOO_LOW = "Please try to increase --mem-fraction-static"
@@ -208,14 +207,10 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     deadline = time.monotonic() + 60 * args.max_minutes
-    interrupt_on_signals()
-    try:
-        machine, args.release, args.loader = servers.machine()
-    except Failed as error:
-        raise SystemExit(str(error)) from None
+    of, args.release, args.loader = machine()
     names = ("draft_steps", "batch", "context_length", "cache", "input_tokens", "output_tokens", "low", "high", "server_flags")
     settings = {"model": Path(args.model_path).name} | {name: getattr(args, name) for name in names}
-    head = record.head("memory", args.commit or commit(), machine, settings=settings)
+    head = record.head("memory", args.commit or commit(), of, settings=settings)
     searches = [Search(side, round(100 * args.low), round(100 * args.high)) for side in SIDES]
     results = Results(args.out or default_path("memory", head["gpu"], head["sglang"]), head, searches, args)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")

@@ -20,12 +20,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.record import commit, default_path
+from benchmarks.record import commit, default_path, machine
 from sglang_nsa_fused.tools.bench import compare, measure, record, report, servers, small_model
 from sglang_nsa_fused.tools.bench.measure import Case, Start
 from sglang_nsa_fused.tools.bench.process import COMMAND, Failed
 from sglang_nsa_fused.tools.bench.report import console
-from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 FREE = re.compile(r"available_gpu_mem=([\d.]+) GB")  # of sglang's log, after the captures; its GB are GiB
 
@@ -148,14 +147,10 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     deadline = time.monotonic() + 60 * args.max_minutes
-    interrupt_on_signals()
+    of, release, loader = machine()
     servers.write_probe(args.log_dir / "probe")
-    try:
-        machine, release, loader = servers.machine()
-    except Failed as error:
-        raise SystemExit(str(error)) from None
     model = args.model_path.name if args.model_path else None
-    head = record.head("server", args.commit or commit(), machine, model=model)
+    head = record.head("server", args.commit or commit(), of, model=model)
     results = Results(args.out or default_path("server", head["gpu"], head["sglang"]), head)
     console.print(f"{head['gpu']}, sglang {head['sglang']}, torch {head['torch']}, logs in {args.log_dir}")
     runs = {name: getattr(args, name) for name in ("starts", "warmup", "repeats", "output_tokens", "ready_seconds")}
