@@ -251,7 +251,7 @@ def graphs(of: str) -> str:
 def speeds(of: str) -> str:
     """Starts with a profile each, those that differ in nothing in one row. of: one of POOLED."""
     starts: dict[str, list[dict]] = {}
-    for one in (case for name in POOLED[of] for case in load("speeds", name)["cases"]):
+    for one in (start for name in POOLED[of] for start in load("speeds", name)["starts"]):
         starts.setdefault(one["start"], []).append(one)
     rows = []
     for start in sorted(starts, key=lambda start: (start.count("+"), start.startswith("on"))):
@@ -259,7 +259,7 @@ def speeds(of: str) -> str:
         row = [", ".join([{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more)]), len(starts[start])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
-            ("verify_us", 2, 1e3),
+            ("graph_verify_us", 2, 1e3),
             ("experts_beside_us", 0, 1),
             ("experts_alone_us", 0, 1),
         ):

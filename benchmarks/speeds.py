@@ -9,6 +9,7 @@ What follows a + is one more variable of the environment, or one more flag.
 
 import argparse
 import importlib.util
+import itertools
 import shlex
 import statistics
 import sys
@@ -18,26 +19,40 @@ from pathlib import Path
 from typing import Iterator
 
 from benchmarks import graphs
-from benchmarks.record import commit
+from benchmarks.record import commit, machine
 from benchmarks.server import batch_and_length
 from sglang_nsa_fused.tools.bench import compare, measure, record, servers
 from sglang_nsa_fused.tools.bench.process import Failed, Server, running, wait_ready
 from sglang_nsa_fused.tools.bench.report import console
-from sglang_nsa_fused.tools.bench.signals import interrupt_on_signals
 
 OUTPUT_TOKENS = 192  # so that a profile lies within a call
+METRICS = (
+    *("decode_step_ms", "graph_extend_us", "graph_draft_us", "graph_verify_us"),
+    *("experts_beside", "experts_beside_us", "experts_alone", "experts_alone_us"),
+)
 _spec = importlib.util.spec_from_file_location("shared_expert", Path(__file__).parents[1] / "docs/upstream/shared_expert.py")
 shared_expert = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared_expert)
 
 
-def of_profile(path: Path) -> dict[str, float]:
-    found = graphs.measures(graphs.read(path))
-    times = {f"{name}_us": round(found[f"graph_{name}_us"], 1) for name in graphs.GRAPHS}
-    for how, of in shared_expert.first_kernels(path)["verify"].items():
+def of_profile(trace: dict) -> dict[str, float]:
+    found = graphs.measures(trace)
+    times = {f"graph_{name}_us": round(found[f"graph_{name}_us"], 1) for name in graphs.GRAPHS}
+    for how, of in shared_expert.first_kernels(trace)["verify"].items():
         name, us = how.split()[0], [kernel["dur"] for kernel, _ in of]
         times |= {f"experts_{name}": len(us), f"experts_{name}_us": round(statistics.median(us), 1) if us else None}
     return times
+
+
+def compared(starts: list[dict], draft_steps: int) -> list[dict]:
+    """Of starts to which nothing is added, those without the plugin and those with it."""
+    found = []
+    for case, metric in itertools.product(dict.fromkeys(one["case"] for one in starts), METRICS):
+        of = [one for one in starts if one["case"] == case and one[metric] is not None]
+        values = {side: [[one[metric]] for one in of if one["start"] == label] for side, label in measure.LABELS.items()}
+        if all(values.values()):
+            found.append(compare.result(f"n{draft_steps}-{case}", metric, values))
+    return found
 
 
 def started(start: str, number: int, flags: list, args, loader: bool) -> Iterator[dict]:
@@ -58,7 +73,7 @@ def started(start: str, number: int, flags: list, args, loader: bool) -> Iterato
             steps = compare.decode_steps(server.samples(), runs, case.batch)
             found = {"number": number, "start": start, "case": case.name, "seconds_to_ready": server.ready_seconds}
             found |= {"decode_step_ms": round(statistics.median(steps), 3), "spread": record.spread(steps)}
-            yield found | of_profile(path)
+            yield found | of_profile(graphs.read(path))
 
 
 def parse(argv) -> argparse.Namespace:
@@ -89,18 +104,14 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     deadline, longest, problems, found = time.monotonic() + 60 * args.max_minutes, 0.0, [], []
-    interrupt_on_signals()
+    of, release, loader = machine()
     servers.write_probe(args.log_dir / "probe")
-    try:
-        machine, release, loader = servers.machine()
-    except Failed as error:
-        raise SystemExit(str(error)) from None
     most = max(case.batch for case in args.case)
     flags = servers.flags(release, args.draft_steps, "bf16", most)
     flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, most))
     flags += ["--max-total-tokens", servers.total_tokens(args.case, OUTPUT_TOKENS), *shlex.split(args.server_flags)]
     more = {name: getattr(args, name) for name in ("draft_steps", "context_length", "server_flags")}
-    head = record.head("speeds", args.commit or commit(), machine, model=args.model_path.name, **more)
+    head = record.head("speeds", args.commit or commit(), of, model=args.model_path.name, **more)
     for number, start in enumerate(args.starts, 1):
         began = time.monotonic()
         if deadline - began < longest:
@@ -110,7 +121,7 @@ def main(argv=None) -> int:
             for one in started(start, number, flags, args, loader):
                 found.append(one)
                 console.print(one)
-                record.write(args.out, head, cases=found)
+                record.write(args.out, head, starts=found, cases=compared(found, args.draft_steps))
         except (Failed, ValueError) as error:
             problems.append(f"{start}: {error}")
         longest = max(longest, time.monotonic() - began)

@@ -21,10 +21,10 @@ KINDS = ((1000, "verify"), (100, "draft steps"), (40, "draft extend"))  # so man
 SMS, REGISTERS, THREADS, BYTES = 132, 65_536, 2_048, 233_472  # of an H100 or H200; the rest of each SM
 
 
-def replays(path: Path) -> list[list[dict]]:
+def replays(trace: dict) -> list[list[dict]]:
     """The kernels of each replay of a graph, in the order in which they start."""
     found = collections.defaultdict(list)
-    for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+    for event in trace["traceEvents"]:
         if event.get("ph") == "X" and event.get("cat") == "kernel":
             found[event["args"]["correlation"]].append(event)
     return [sorted(kernels, key=lambda one: one["ts"]) for kernels in found.values()]
@@ -37,10 +37,10 @@ def beside(kernels: list[dict], number: int) -> dict | None:
     return next((one for one in others if one["ts"] + one["dur"] > this["ts"] + SETTLED), None)
 
 
-def first_kernels(path: Path) -> dict[str, dict[str, list[tuple[dict, dict | None]]]]:
+def first_kernels(trace: dict) -> dict[str, dict[str, list[tuple[dict, dict | None]]]]:
     """Of each kind of graph in a profile, each layer's first kernel of the routed experts, and what runs beside it."""
     found = collections.defaultdict(lambda: {"beside a GEMM": [], "alone": []})
-    for kernels in replays(path):
+    for kernels in replays(trace):
         kind = next((kind for least, kind in KINDS if len(kernels) >= least), None)
         first = [number for number, one in enumerate(kernels) if MOE in one["name"]][::2]
         for number in first if kind else ():
@@ -56,9 +56,9 @@ def needs(kernel: dict) -> tuple[int, int, int]:
     return -(-of["registers per thread"] // 8) * 8 * threads, threads, of["shared memory"] + 1024
 
 
-def room(kernel: dict, beside: dict, blocks: int) -> int:
-    """How many blocks of a kernel an SM takes that has so many of another one's."""
-    free = (had - blocks * taken for had, taken in zip((REGISTERS, THREADS, BYTES), needs(beside)))
+def room(kernel: dict, other: dict, blocks: int) -> int:
+    """How many blocks of a kernel an SM takes that has so many of the other one's."""
+    free = (had - blocks * taken for had, taken in zip((REGISTERS, THREADS, BYTES), needs(other)))
     return min(left // need for left, need in zip(free, needs(kernel)))
 
 
@@ -75,7 +75,7 @@ def why(kernel: dict, gemm: dict) -> str:
 
 def main() -> None:
     for path in map(Path, sys.argv[1:] or [REPLAY]):
-        for kind, of in first_kernels(path).items():
+        for kind, of in first_kernels(json.loads(gzip.decompress(path.read_bytes()))).items():
             said = [f"{len(us)} {how}, {statistics.median(one['dur'] for one, _ in us):.0f} us" for how, us in of.items() if us]
             print(f"{path.name}, {kind}: {'; '.join(said)}", flush=True)
             if pairs := of["beside a GEMM"]:

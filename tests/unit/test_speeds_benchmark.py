@@ -70,15 +70,31 @@ def run(benchmarks, tmp_path, monkeypatch):
 def test_each_start_and_case_has_its_step_and_its_graphs(run):
     status, found = run("off", "on")
     assert status == 0 and (found["what"], found["draft_steps"]) == ("speeds", 3)
-    cases = found["cases"]
+    starts = found["starts"]
     both = ["bs2-len64", "bs1-len64"]
-    assert [(one["number"], one["start"], one["case"]) for one in cases] == [
+    assert [(one["number"], one["start"], one["case"]) for one in starts] == [
         (number, start, case) for number, start in ((1, "off"), (2, "on")) for case in both
     ]
-    for one in cases:
+    for one in starts:
         assert one["decode_step_ms"] > 0
-        assert [one[f"{name}_us"] for name in ("extend", "draft", "verify")] == [980, 2980, 24980]
+        assert [one[f"graph_{name}_us"] for name in ("extend", "draft", "verify")] == [980, 2980, 24980]
         assert (one["experts_beside"], one["experts_alone"], one["experts_alone_us"]) == (250, 250, 50)
+
+
+def test_starts_of_both_sides_are_compared_where_nothing_is_added(run):
+    status, found = run("off", "on", "on+MORE=1", "off")
+    assert status == 0
+    cases = {(one["name"], one["metric"]): one for one in found["cases"]}
+    steps = cases["n3-bs2-len64", "decode_step_ms"]
+    of = {start: [one["decode_step_ms"] for one in found["starts"][::2] if one["start"] == start] for start in ("off", "on")}
+    assert steps["processes"] == {"upstream": of["off"], "ours": of["on"]} and [len(of["off"]), len(of["on"])] == [2, 1]
+    graph = cases["n3-bs1-len64", "graph_verify_us"]
+    assert (graph["upstream"], graph["ours"], graph["ratio"], graph["samples"]) == (24980, 24980, 1, 1)
+    assert len(cases) == 2 * 8
+
+
+def test_a_start_of_one_side_is_compared_with_nothing(run):
+    assert run("off")[1]["cases"] == []
 
 
 def test_what_a_start_adds_reaches_its_server_alone(run):

@@ -11,7 +11,7 @@ SIDES = UPSTREAM, OURS = "upstream", "ours"
 
 def case(name: str, metric: str, upstream: float, ours: float, samples: int, **more) -> dict:
     """metric: one of host_us, gpu_us, launches, syncs, step_ms, decode_step_ms, gpu_draft_us, table_bytes, bytes, of
-    compare.METRICS, or what benchmarks.graphs measures of a profile."""
+    compare.METRICS, or what benchmarks.graphs and benchmarks.speeds measure of a profile."""
     ratio = round(upstream / ours, 3) if ours else None
     return {
         "name": name,
