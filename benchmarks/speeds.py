@@ -1,6 +1,7 @@
 """Why two starts of one server differ by a millisecond and more: starts that differ in one thing each, one after the other, alone
 on the GPU. Of each, and each case, the time of a step, and of a profile of the same process what the graphs take, and how the
-shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py).
+shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py). A server serves the cases of
+--before first. All steps are measured before the first profile: what CUPTI changes in a process stays.
 
     python -m benchmarks.speeds off on off on+SGLANG_NSA_FUSED_KEEP_WIDE_TABLE=1 off+--random-seed=1 --model-path MODEL --out FILE
 
@@ -63,14 +64,15 @@ def started(start: str, number: int, flags: list, args, loader: bool) -> Iterato
     env |= dict(one.split("=", 1) for one in more if not one.startswith("-"))
     flags = [*flags, *(part for one in more if one.startswith("-") for part in one.split("=", 1))]
     server = Server(f"{number}-{side}", args.port, flags, env, args.log_dir)
-    plan = measure.Plan(args.case, 1, 1, args.repeats, OUTPUT_TOKENS, args.ready_seconds, args.ready_seconds)
+    plan, runs = measure.Plan(args.case, 1, 1, args.repeats, OUTPUT_TOKENS, args.ready_seconds, args.ready_seconds), {}
     with running([server]):
         wait_ready([server], time.monotonic() + args.ready_seconds)
         server.check_plugin(plugin)
-        for case in args.case:
-            runs = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
+        for case in args.before + args.case:
+            runs[case] = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
+        for case in args.case[::-1]:  # first the one that was just served
             path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}")
-            steps = compare.decode_steps(server.samples(), runs, case.batch)
+            steps = compare.decode_steps(server.samples(), runs[case], case.batch)
             found = {"number": number, "start": start, "case": case.name, "seconds_to_ready": server.ready_seconds}
             found |= {"decode_step_ms": round(statistics.median(steps), 3), "spread": record.spread(steps)}
             yield found | of_profile(graphs.read(path))
@@ -83,6 +85,7 @@ def parse(argv) -> argparse.Namespace:
     add("--model-path", type=Path, required=True, help="a folder with a config.json; weights are random")
     add("--draft-steps", type=int, default=3)
     add("--case", type=batch_and_length, nargs="+", default=[measure.Case(1, 32_768)], metavar="BATCHxLEN", help="in this order")
+    add("--before", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="served before, and not recorded")
     add("--repeats", type=int, default=2)
     add("--context-length", type=int, default=163_840)
     add("--server-flags", default="", help="more flags for all servers, in one string")
@@ -106,11 +109,13 @@ def main(argv=None) -> int:
     deadline, longest, problems, found = time.monotonic() + 60 * args.max_minutes, 0.0, [], []
     of, release, loader = machine()
     servers.write_probe(args.log_dir / "probe")
-    most = max(case.batch for case in args.case)
+    served = args.before + args.case
+    most = max(case.batch for case in served)
     flags = servers.flags(release, args.draft_steps, "bf16", most)
     flags += servers.size_flags(args.model_path.resolve(), args.context_length, max(16, most))
-    flags += ["--max-total-tokens", servers.total_tokens(args.case, OUTPUT_TOKENS), *shlex.split(args.server_flags)]
+    flags += ["--max-total-tokens", servers.total_tokens(served, OUTPUT_TOKENS), *shlex.split(args.server_flags)]
     more = {name: getattr(args, name) for name in ("draft_steps", "context_length", "server_flags")}
+    more["before"] = [case.name for case in args.before]
     head = record.head("speeds", args.commit or commit(), of, model=args.model_path.name, **more)
     for number, start in enumerate(args.starts, 1):
         began = time.monotonic()

@@ -58,10 +58,11 @@ def run(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", NO_GPU)
     monkeypatch.setenv("PYTHONPATH", str(stub_site(tmp_path / "site")))
 
-    def call(*starts: str) -> tuple[int, dict]:
+    def call(*given: str) -> tuple[int, dict]:
+        """given: starts, and more flags."""
         out = tmp_path / "speeds.json"
         own = ["--case", "2x64", "1x64", "--commit", "c", "--out", out, "--log-dir", tmp_path / "logs", "--port", free_port()]
-        status = speeds.main([*starts, *map(str, [*own, "--model-path", tmp_path])])
+        status = speeds.main([*given, *map(str, [*own, "--model-path", tmp_path])])
         return status, json.loads(out.read_text()) if out.exists() else {}
 
     return call
@@ -71,7 +72,7 @@ def test_each_start_and_case_has_its_step_and_its_graphs(run):
     status, found = run("off", "on")
     assert status == 0 and (found["what"], found["draft_steps"]) == ("speeds", 3)
     starts = found["starts"]
-    both = ["bs2-len64", "bs1-len64"]
+    both = ["bs1-len64", "bs2-len64"]  # profiled from the last on
     assert [(one["number"], one["start"], one["case"]) for one in starts] == [
         (number, start, case) for number, start in ((1, "off"), (2, "on")) for case in both
     ]
@@ -86,7 +87,7 @@ def test_starts_of_both_sides_are_compared_where_nothing_is_added(run):
     assert status == 0
     cases = {(one["name"], one["metric"]): one for one in found["cases"]}
     steps = cases["n3-bs2-len64", "decode_step_ms"]
-    of = {start: [one["decode_step_ms"] for one in found["starts"][::2] if one["start"] == start] for start in ("off", "on")}
+    of = {start: [one["decode_step_ms"] for one in found["starts"][1::2] if one["start"] == start] for start in ("off", "on")}
     assert steps["processes"] == {"upstream": of["off"], "ours": of["on"]} and [len(of["off"]), len(of["on"])] == [2, 1]
     graph = cases["n3-bs1-len64", "graph_verify_us"]
     assert (graph["upstream"], graph["ours"], graph["ratio"], graph["samples"]) == (24980, 24980, 1, 1)
@@ -95,6 +96,18 @@ def test_starts_of_both_sides_are_compared_where_nothing_is_added(run):
 
 def test_a_start_of_one_side_is_compared_with_nothing(run):
     assert run("off")[1]["cases"] == []
+
+
+def test_what_is_served_before_is_served_first_and_not_recorded(run, monkeypatch):
+    from benchmarks import speeds
+
+    served, generate = [], speeds.measure.generate
+    monkeypatch.setattr(
+        speeds.measure, "generate", lambda server, case, plan: served.append(case.name) or generate(server, case, plan)
+    )
+    _, found = run("off", "--before", "4x32", "--repeats", "1")
+    assert served == [name for name in ("bs4-len32", "bs2-len64", "bs1-len64") for _ in range(2)]
+    assert found["before"] == ["bs4-len32"] and {one["case"] for one in found["starts"]} == {"bs2-len64", "bs1-len64"}
 
 
 def test_what_a_start_adds_reaches_its_server_alone(run):
