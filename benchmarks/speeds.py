@@ -1,7 +1,8 @@
 """Why two starts of one server differ by a millisecond and more: starts that differ in one thing each, one after the other, alone
-on the GPU. Of each, and each case, the time of a step, and of a profile of the same process what the graphs take, and how the
-shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py). A server serves the cases of
---before first. All steps are measured before the first profile: what CUPTI changes in a process stays.
+on the GPU. Of each, and each case, the time of a step, and of a profile of the same process what the graphs take, the time
+between their kernels, and how the shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py).
+A server serves the cases of --before first. All steps are measured before the first profile: what CUPTI changes in a process
+stays. over_time has what sglang's log says of steps, before the profile and after it.
 
     python -m benchmarks.speeds off on off on+SGLANG_NSA_FUSED_KEEP_WIDE_TABLE=1 off+--random-seed=1 --model-path MODEL --out FILE
 
@@ -9,8 +10,10 @@ What follows a + is one more variable of the environment, or one more flag.
 """
 
 import argparse
+import collections
 import importlib.util
 import itertools
+import re
 import shlex
 import statistics
 import sys
@@ -28,17 +31,48 @@ from sglang_nsa_fused.tools.bench.report import console
 
 OUTPUT_TOKENS = 192  # so that a profile lies within a call
 METRICS = (
-    *("decode_step_ms", "graph_extend_us", "graph_draft_us", "graph_verify_us"),
+    *("decode_step_ms", "graph_extend_us", "graph_draft_us", "graph_verify_us", "between_kernels_us"),
     *("experts_beside", "experts_beside_us", "experts_alone", "experts_alone_us"),
+)
+WAITED_US = 1.2  # a kernel that starts later waited for more than the one before it
+# Of sglang's log: when, how many requests, their tokens, tokens a step and a second.
+DECODE = re.compile(
+    r"(\d\d:\d\d:\d\d)[^\]]*\] Decode batch, #running-req: (\d+), #token: (\d+),"
+    r".*? accept len: ([\d.]+),.*? throughput \(token/s\): ([\d.]+)"
 )
 _spec = importlib.util.spec_from_file_location("shared_expert", Path(__file__).parents[1] / "docs/upstream/shared_expert.py")
 shared_expert = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared_expert)
 
 
+def between_kernels(trace: dict) -> float:
+    """Microseconds from the end of a kernel of a graph to the start of the next of its stream, the median of those that overlap
+    with nothing and wait for nothing else."""
+    gaps = []
+    for kernels in shared_expert.replays(trace):
+        streams = collections.defaultdict(list)
+        for kernel in kernels if len(kernels) > 1 else ():
+            streams[kernel["args"]["stream"]].append(kernel)
+        for of in streams.values():
+            gaps += [after["ts"] - before["ts"] - before["dur"] for before, after in itertools.pairwise(of)]
+    return statistics.median(gap for gap in gaps if 0 <= gap < WAITED_US)
+
+
+def over_time(log: str, case: measure.Case, step_ms: float) -> list[tuple[str, float]]:
+    """When sglang's log says how fast it decodes the case, and the step's milliseconds; not where a prefill or a profile was in
+    between."""
+    found = []
+    for at, batch, tokens, accepted, per_second in DECODE.findall(log):
+        ms = round(1000 * int(batch) * float(accepted) / float(per_second), 2)
+        if int(batch) == case.batch and case.length <= int(tokens) / case.batch < 2 * case.length and 0.85 < ms / step_ms < 1.15:
+            found.append((at, ms))
+    return found
+
+
 def of_profile(trace: dict) -> dict[str, float]:
     found = graphs.measures(trace)
     times = {f"graph_{name}_us": round(found[f"graph_{name}_us"], 1) for name in graphs.GRAPHS}
+    times["between_kernels_us"] = round(between_kernels(trace), 2)
     for how, of in shared_expert.first_kernels(trace)["verify"].items():
         name, us = how.split()[0], [kernel["dur"] for kernel, _ in of]
         times |= {f"experts_{name}": len(us), f"experts_{name}_us": round(statistics.median(us), 1) if us else None}
@@ -74,8 +108,9 @@ def started(start: str, number: int, flags: list, args, loader: bool) -> Iterato
             path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}")
             steps = compare.decode_steps(server.samples(), runs[case], case.batch)
             found = {"number": number, "start": start, "case": case.name, "seconds_to_ready": server.ready_seconds}
-            found |= {"decode_step_ms": round(statistics.median(steps), 3), "spread": record.spread(steps)}
-            yield found | of_profile(graphs.read(path))
+            step_ms = statistics.median(steps)
+            found |= {"decode_step_ms": round(step_ms, 3), "spread": record.spread(steps)} | of_profile(graphs.read(path))
+            yield found | {"over_time": over_time(server.log_from(0), case, step_ms)}
 
 
 def parse(argv) -> argparse.Namespace:

@@ -10,14 +10,14 @@ from sglang_nsa_fused.tools.bench import process
 
 
 def kernels(count: int, replay: int, start: float, gemm_us: float) -> list[dict]:
-    """A graph of layers of four kernels; the GEMM begins 2 us before the routed experts' first kernel, which is alone where it
-    takes 1."""
+    """A graph of layers of four kernels. The routed experts' first kernel begins 0.4 us after the end of the norm and 2 after the
+    start of the GEMM, which runs beside it where it takes longer."""
     shape = {"grid": [1, 1, 1], "block": [32, 1, 1], "registers per thread": 32, "shared memory": 0}
     found = []
     for layer in range(count // 4):
         at = start + 100 * layer
         of = (
-            ("norm", 7, at, 5),
+            ("norm", 7, at, 7.6),
             ("gemm", 8, at + 6, gemm_us),
             ("fused_moe_kernel", 7, at + 8, 50),
             ("fused_moe_kernel", 7, at + 60, 20),
@@ -79,6 +79,7 @@ def test_each_start_and_case_has_its_step_and_its_graphs(run):
     for one in starts:
         assert one["decode_step_ms"] > 0
         assert [one[f"graph_{name}_us"] for name in ("extend", "draft", "verify")] == [980, 2980, 24980]
+        assert one["between_kernels_us"] == 0.4
         assert (one["experts_beside"], one["experts_alone"], one["experts_alone_us"]) == (250, 250, 50)
 
 
@@ -91,7 +92,7 @@ def test_starts_of_both_sides_are_compared_where_nothing_is_added(run):
     assert steps["processes"] == {"upstream": of["off"], "ours": of["on"]} and [len(of["off"]), len(of["on"])] == [2, 1]
     graph = cases["n3-bs1-len64", "graph_verify_us"]
     assert (graph["upstream"], graph["ours"], graph["ratio"], graph["samples"]) == (24980, 24980, 1, 1)
-    assert len(cases) == 2 * 8
+    assert len(cases) == 2 * 9
 
 
 def test_a_start_of_one_side_is_compared_with_nothing(run):
@@ -116,6 +117,25 @@ def test_what_a_start_adds_reaches_its_server_alone(run):
     (_, off_flags, off), (_, on_flags, on) = started
     assert off_flags[-2:] == ["--random-seed", "7"] and "7" not in on_flags
     assert "MORE" not in off and on["MORE"] == "1"
+
+
+def test_what_the_log_says_of_a_case_is_kept_with_its_time(benchmarks):
+    from benchmarks import speeds
+
+    def line(at: str, batch: int, tokens: int, accepted: float, per_second: float, rank: str = "") -> str:
+        load = f"#running-req: {batch}, #token: {tokens}, token usage: 0.06, accept len: {accepted:.2f}, accept rate: 0.00"
+        speed = f"cuda graph: True, gen throughput (token/s): {per_second:.2f}, #queue-req: 0"
+        return f"[2026-11-28 {at}{rank}] Decode batch, {load}, {speed}"
+
+    lines = [
+        line("06:28:42", 1, 32_832, 1, 6.63),  # with a prefill in it
+        line("06:28:43", 1, 32_896, 1, 50),
+        line("06:28:51", 1, 32_960, 2, 105.26, " TP0"),
+        line("06:28:52", 2, 65_920, 1, 100),  # another batch, and another length
+        line("06:28:53", 1, 131_200, 1, 50),
+    ]
+    case = speeds.measure.Case(1, 32_768)
+    assert speeds.over_time("\n".join(lines), case, 20) == [("06:28:43", 20.0), ("06:28:51", 19.0)]
 
 
 def test_a_start_that_cannot_be_read_is_refused(run, capsys):
