@@ -6,6 +6,7 @@ there is typed.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -55,7 +56,13 @@ POOLED = {
         "h100-0.5.23-rank8-n3-gpu1",
         "h100-0.5.23-rank8-n3-gpu2",
         "h100-0.5.23-rank8-n3-gpu3",
+        "h200-0.5.23-rank8-n3-gpu0",
+        "h200-0.5.23-rank8-n3-gpu1",
+        "h200-0.5.23-rank8-n3-gpu2",
+        "h200-0.5.23-rank8-n3-gpu3",
     ),
+    "0.5.23-n3-8long-h200": ("h200-0.5.23-rank8-n3-8long", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-8x131072"),
+    "0.5.23-n5-8long-h200": ("h200-0.5.23-rank8-n5-8long", "h200-0.5.23-rank8-n5-8x32768", "h200-0.5.23-rank8-n5-128"),
     "0.5.23-n3-small": ("h200-0.5.23-rank8-n3", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-large": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-gpu3"),
     "0.5.23-n3-long": ("h200-0.5.23-rank8-n3-all-rows", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-gpu3"),
@@ -65,6 +72,7 @@ POOLED = {
         "h200-0.5.12.post1-rank8-gpu0-later",
     ),
 }
+FAST_US = 0.3  # between two kernels: 0.41 and more, or 0.16 and less
 # What the pages show of a release's servers with the small model.
 SHOWN = {
     "h200-0.5.23-wide": (
@@ -249,26 +257,34 @@ def graphs(of: str) -> str:
 
 
 def speeds(of: str) -> str:
-    """Starts with a profile each, those that differ in nothing in one row. of: one of POOLED."""
-    starts: dict[str, list[dict]] = {}
-    for one in (start for name in POOLED[of] for start in load("speeds", name)["starts"]):
-        starts.setdefault(one["start"], []).append(one)
+    """Starts with a profile each, those that differ in nothing in one row, and in another those that were profiled after they had
+    become faster. of: one of POOLED, a colon, and the case."""
+    of, _, shown = of.partition(":")
+    starts: dict[tuple[str, str, bool], list[dict]] = {}
+    for results in (load("speeds", name) for name in POOLED[of]):
+        for one in results["starts"]:
+            if one["case"] == shown:
+                fast = one.get("between_kernels_us", math.inf) < FAST_US
+                starts.setdefault((results["gpu"].split()[1], one["start"], fast), []).append(one)
     rows = []
-    for start in sorted(starts, key=lambda start: (start.count("+"), start.startswith("on"))):
+    for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), key[2])):
+        gpu, start, fast = key
         side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
-        row = [", ".join([{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more)]), len(starts[start])]
+        words = [{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more), *["became faster"] * fast]
+        row = [gpu, ", ".join(words), len(starts[key])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
+            ("between_kernels_us", 2, 1),
             ("graph_verify_us", 2, 1e3),
             ("experts_beside_us", 0, 1),
             ("experts_alone_us", 0, 1),
         ):
-            values = sorted(one[metric] / unit for one in starts[start] if one[metric])
+            values = sorted(one[metric] / unit for one in starts[key] if one.get(metric))
             row.append(" to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in values[:1] + values[-1:])))
-        beside, alone = (sum(one[f"experts_{how}"] for one in starts[start]) for how in ("beside", "alone"))
+        beside, alone = (sum(one[f"experts_{how}"] for one in starts[key]) for how in ("beside", "alone"))
         rows.append([*row, f"{100 * alone / (beside + alone):.1f}"])
-    header = ["start", "starts", "step, ms", "verify graph, ms", "experts' kernel beside a GEMM, us", "alone, us", "% alone"]
-    return rows_of(header, rows)
+    header = ["GPU", "start", "starts", "step, ms", "between kernels, us", "verify graph, ms"]
+    return rows_of([*header, "experts' kernel beside a GEMM, us", "alone, us", "% alone"], rows)
 
 
 TABLES = {
