@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Sequence
 
 from benchmarks.cases import Case, parse
 from benchmarks.kv_cache import MODELS, bytes_per_token
@@ -61,6 +62,7 @@ POOLED = {
         "h200-0.5.23-rank8-n3-gpu2",
         "h200-0.5.23-rank8-n3-gpu3",
     ),
+    "0.5.23-n5-all": ("h200-0.5.23-rank8-n5-all-rows", "h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
     "0.5.23-n3-8long-h200": ("h200-0.5.23-rank8-n3-8long", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-8x131072"),
     "0.5.23-n5-8long-h200": ("h200-0.5.23-rank8-n5-8long", "h200-0.5.23-rank8-n5-8x32768", "h200-0.5.23-rank8-n5-128"),
     "0.5.23-n3-small": ("h200-0.5.23-rank8-n3", "h200-0.5.23-rank8-n3-gpu3"),
@@ -73,6 +75,7 @@ POOLED = {
     ),
 }
 FAST_US = 0.3  # between two kernels: 0.41 and more, or 0.16 and less
+CHANGED = 0.985  # or less of the time of the plugin's draft graph at batch 128: 0.96 to 0.98, or 0.99 to 1.00
 # What the pages show of a release's servers with the small model.
 SHOWN = {
     "h200-0.5.23-wide": (
@@ -256,9 +259,14 @@ def graphs(of: str) -> str:
     return rows_of(["case", *(label for label, _ in metrics.values())], rows)
 
 
+def between(values: Sequence[float], digits: int) -> str:
+    """The least and the most."""
+    return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
+
+
 def speeds(of: str) -> str:
     """Starts with a profile each, those that differ in nothing in one row, and in another those that were profiled after they had
-    become faster. of: one of POOLED, a colon, and the case."""
+    changed. of: one of POOLED, a colon, and the case."""
     of, _, shown = of.partition(":")
     starts: dict[tuple[str, str, bool], list[dict]] = {}
     for results in (load("speeds", name) for name in POOLED[of]):
@@ -270,7 +278,7 @@ def speeds(of: str) -> str:
     for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), key[2])):
         gpu, start, fast = key
         side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
-        words = [{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more), *["became faster"] * fast]
+        words = [{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more), *["after it changed"] * fast]
         row = [gpu, ", ".join(words), len(starts[key])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
@@ -279,15 +287,47 @@ def speeds(of: str) -> str:
             ("experts_beside_us", 0, 1),
             ("experts_alone_us", 0, 1),
         ):
-            values = sorted(one[metric] / unit for one in starts[key] if one.get(metric))
-            row.append(" to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in values[:1] + values[-1:])))
+            row.append(between([one[metric] / unit for one in starts[key] if one.get(metric)], digits))
         beside, alone = (sum(one[f"experts_{how}"] for one in starts[key]) for how in ("beside", "alone"))
         rows.append([*row, f"{100 * alone / (beside + alone):.1f}"])
     header = ["GPU", "start", "starts", "step, ms", "between kernels, us", "verify graph, ms"]
     return rows_of([*header, "experts' kernel beside a GEMM, us", "alone, us", "% alone"], rows)
 
 
+def changed(of: str) -> str:
+    """Starts by whether they had changed when they served 128 requests, which their draft graph tells. of: some of POOLED, with
+    commas between."""
+    of_start = (
+        ("gpu_draft_us", "bs128-len512", 0),
+        ("decode_step_ms", "bs1-len32768", 1),
+        ("decode_step_ms", "bs1-len131072", 1),
+    )
+    rows = []
+    for pool in of.split(","):
+        starts: dict[tuple[bool, bool], list[tuple[float, ...]]] = {}
+        for results in (load("server", name) for name in POOLED[pool]):
+            cases = [
+                case
+                for metric, at, _ in of_start
+                for case in results["cases"]
+                if case["metric"] == metric and f"-{at}-" in case["name"]
+            ]
+            usual = statistics.median(cases[0]["processes"]["ours"])
+            for side in SIDES:
+                for values in zip(*(case["processes"][side] for case in cases)):
+                    starts.setdefault((side == "ours", values[0] < CHANGED * usual), []).append(values)
+        for plugin, has in sorted(starts):
+            label = ("with the plugin" if plugin else "sglang") + ", after it changed" * has
+            found = starts[plugin, has]
+            times = [between(values, digits) for values, (*_, digits) in zip(zip(*found), of_start)]
+            gpu, draft_steps = results["gpu"].split()[1], parse(cases[0]["name"]).draft_steps
+            rows.append([f"{gpu}, {draft_steps}", label, len(found), *times])
+    header = ["GPU, draft steps", "start", "starts", "draft graph at 128 x 512, us", "step at 1 x 32,768, ms", "at 1 x 131,072"]
+    return rows_of(header, rows)
+
+
 TABLES = {
+    "changed": changed,
     "graphs": graphs,
     "speeds": speeds,
     "full": full,

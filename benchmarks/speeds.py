@@ -51,7 +51,7 @@ def between_kernels(trace: dict) -> float:
     gaps = []
     for kernels in shared_expert.replays(trace):
         streams = collections.defaultdict(list)
-        for kernel in kernels if len(kernels) > 1 else ():
+        for kernel in kernels:
             streams[kernel["args"]["stream"]].append(kernel)
         for of in streams.values():
             gaps += [after["ts"] - before["ts"] - before["dur"] for before, after in itertools.pairwise(of)]

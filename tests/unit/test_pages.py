@@ -112,6 +112,27 @@ def step(name: str, ms: float) -> dict:
     return {"name": name, "metric": "step_ms", "upstream": ms, "ours": ms - 1, "spread": {"upstream": [ms, ms], "ours": [ms, ms]}}
 
 
+def test_starts_that_changed_stand_in_their_own_row(monkeypatch):
+    from benchmarks import pages
+
+    def case(at: str, metric: str, upstream: list, ours: list) -> dict:
+        return {"name": f"n3-{at}-width163840-bf16", "metric": metric, "processes": {"upstream": upstream, "ours": ours}}
+
+    cases = [
+        case("bs128-len512", "gpu_draft_us", [1096, 1075, 1074], [1098, 1097, 1098]),
+        case("bs128-len512", "decode_step_ms", [58, 57, 57], [38, 38, 38]),
+        case("bs1-len131072", "decode_step_ms", [21.6, 19.4, 19.5], [21.3, 21.3, 21.2]),
+        case("bs1-len32768", "decode_step_ms", [20.8, 18.9, 18.8], [20.6, 20.6, 20.7]),
+    ]
+    monkeypatch.setattr(pages, "load", lambda *of: {"gpu": "NVIDIA H100", "cases": cases})
+    monkeypatch.setattr(pages, "POOLED", {"both": ("one",)})
+    assert pages.changed("both").splitlines()[2:] == [
+        "| H100, 3 | sglang | 1 | 1096 | 20.8 | 21.6 |",
+        "| H100, 3 | sglang, after it changed | 2 | 1074 to 1075 | 18.8 to 18.9 | 19.4 to 19.5 |",
+        "| H100, 3 | with the plugin | 3 | 1097 to 1098 | 20.6 to 20.7 | 21.2 to 21.3 |",
+    ]
+
+
 def test_a_picture_follows_one_dimension():
     from benchmarks.plot import along, of_metric
 
