@@ -123,6 +123,14 @@ def rows_of(header: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
+def least_to_most(values: Sequence[float], digits: int) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
+
+
+def start_words(plugin: bool, changed: bool, *more: str) -> str:
+    return ", ".join(["with the plugin" if plugin else "sglang", *more, *["after it changed"] * changed])
+
+
 def steps(results: dict) -> dict[str, dict]:
     """decode_step_ms, or step_ms in a file from before there was that."""
     return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
@@ -259,11 +267,6 @@ def graphs(of: str) -> str:
     return rows_of(["case", *(label for label, _ in metrics.values())], rows)
 
 
-def between(values: Sequence[float], digits: int) -> str:
-    """The least and the most."""
-    return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
-
-
 def speeds(of: str) -> str:
     """Starts with a profile each, those that differ in nothing in one row, and in another those that were profiled after they had
     changed. of: one of POOLED, a colon, and the case."""
@@ -278,8 +281,7 @@ def speeds(of: str) -> str:
     for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), key[2])):
         gpu, start, fast = key
         side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
-        words = [{"off": "sglang", "on": "with the plugin"}[side], *(f"`{one}`" for one in more), *["after it changed"] * fast]
-        row = [gpu, ", ".join(words), len(starts[key])]
+        row = [gpu, start_words(side == "on", fast, *(f"`{one}`" for one in more)), len(starts[key])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
             ("between_kernels_us", 2, 1),
@@ -287,7 +289,7 @@ def speeds(of: str) -> str:
             ("experts_beside_us", 0, 1),
             ("experts_alone_us", 0, 1),
         ):
-            row.append(between([one[metric] / unit for one in starts[key] if one.get(metric)], digits))
+            row.append(least_to_most([one[metric] / unit for one in starts[key] if one.get(metric)], digits))
         beside, alone = (sum(one[f"experts_{how}"] for one in starts[key]) for how in ("beside", "alone"))
         rows.append([*row, f"{100 * alone / (beside + alone):.1f}"])
     header = ["GPU", "start", "starts", "step, ms", "between kernels, us", "verify graph, ms"]
@@ -307,21 +309,17 @@ def changed(of: str) -> str:
         starts: dict[tuple[bool, bool], list[tuple[float, ...]]] = {}
         for results in (load("server", name) for name in POOLED[pool]):
             cases = [
-                case
-                for metric, at, _ in of_start
-                for case in results["cases"]
-                if case["metric"] == metric and f"-{at}-" in case["name"]
+                next(case for name, case in by_name(results, metric).items() if f"-{at}-" in name) for metric, at, _ in of_start
             ]
             usual = statistics.median(cases[0]["processes"]["ours"])
             for side in SIDES:
                 for values in zip(*(case["processes"][side] for case in cases)):
                     starts.setdefault((side == "ours", values[0] < CHANGED * usual), []).append(values)
         for plugin, has in sorted(starts):
-            label = ("with the plugin" if plugin else "sglang") + ", after it changed" * has
             found = starts[plugin, has]
-            times = [between(values, digits) for values, (*_, digits) in zip(zip(*found), of_start)]
+            times = [least_to_most(values, digits) for values, (*_, digits) in zip(zip(*found), of_start)]
             gpu, draft_steps = results["gpu"].split()[1], parse(cases[0]["name"]).draft_steps
-            rows.append([f"{gpu}, {draft_steps}", label, len(found), *times])
+            rows.append([f"{gpu}, {draft_steps}", start_words(plugin, has), len(found), *times])
     header = ["GPU, draft steps", "start", "starts", "draft graph at 128 x 512, us", "step at 1 x 32,768, ms", "at 1 x 131,072"]
     return rows_of(header, rows)
 
