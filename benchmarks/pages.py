@@ -138,19 +138,23 @@ def steps(results: dict) -> dict[str, dict]:
 
 def pooled(of: str) -> dict:
     """The first of these server result files, with the steps of all: of a case the median of their starts, and as spread the
-    fastest and the slowest start. of: one of POOLED, or a file."""
-    files, found = [load("server", name) for name in POOLED.get(of, (of,))], {}
-    for case in (case for results in files for case in steps(results).values()):
-        starts = found.setdefault(case["name"], {side: [] for side in SIDES})
-        for side in SIDES:
-            starts[side] += case["processes"][side]
+    fastest and the slowest start; tables: what the graphs held in each file that has it. of: one of POOLED, or a file."""
+    files, found, held = [load("server", name) for name in POOLED.get(of, (of,))], {}, {}
+    for results in files:
+        tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
+        for case in steps(results).values():
+            starts = found.setdefault(case["name"], {side: [] for side in SIDES})
+            for side in SIDES:
+                starts[side] += case["processes"][side]
+            held.setdefault(case["name"], []).append(tables[re.sub(r"-bs\d+-len\d+", "", case["name"])])
     cases = []
     for name in sorted(found, key=parse):
         starts = found[name]
         medians = [statistics.median(starts[side]) for side in SIDES]
         spread = {side: [min(of), max(of)] for side, of in starts.items()}
         fewest = min(map(len, starts.values()))
-        cases.append(record.case(name, "decode_step_ms", *medians, fewest, spread=spread, processes=starts))
+        more = {"spread": spread, "processes": starts, "tables": held[name]}
+        cases.append(record.case(name, "decode_step_ms", *medians, fewest, **more))
     return files[0] | {"cases": cases}
 
 
@@ -159,15 +163,13 @@ def full(of: str) -> str:
     rows = []
     for name, _, shown in (one.partition(":") for one in of.split(",")):
         results = pooled(name)
-        tables = {one["name"]: one["table_bytes"] for one in results["configurations"]}
         for case in results["cases"]:
             at = parse(case["name"])
             if shown and f"{at.batch}x{at.length}" not in shown.split("+"):
                 continue
-            held = tables[case["name"].replace(f"-bs{at.batch}-len{at.length}", "")]
             row = [MODELS_RUN[results["model"]] + ", fp8 cache" * (at.cache == "fp8"), f"{at.draft_steps}, {at.width:,}"]
             row.append(f"{at.batch} x {at.length:,}")
-            row.append(" → ".join(f"{held[side] / 2**30:.2f}" for side in SIDES))
+            row.append(" → ".join(least_to_most([held[side] / 2**30 for held in case["tables"]], 2) for side in SIDES))
             times = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in SIDES]
             starts = " and ".join(str(len(case["processes"][side])) for side in SIDES)
             release = f"{results['sglang']}, {results['gpu'].split()[1]}"  # NVIDIA H100 80GB HBM3
