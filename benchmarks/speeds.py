@@ -13,6 +13,7 @@ import argparse
 import collections
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import statistics
@@ -129,6 +130,7 @@ def parse(argv) -> argparse.Namespace:
     add("--port", type=int, default=30000)
     add("--log-dir", type=Path)
     add("--out", type=Path, required=True)
+    add("--add", action="store_true", help="to the starts that --out holds already")
     add("--commit")
     args = parser.parse_args(argv)
     for start in args.starts:
@@ -152,7 +154,13 @@ def main(argv=None) -> int:
     more = {name: getattr(args, name) for name in ("draft_steps", "context_length", "server_flags")}
     more["before"] = [case.name for case in args.before]
     head = record.head("speeds", args.commit or commit(), of, model=args.model_path.name, **more)
-    for number, start in enumerate(args.starts, 1):
+    if args.add and args.out.exists():
+        held = json.loads(args.out.read_text())
+        if other := [name for name in head if held.get(name) != head[name]]:
+            console.print(f"FAILED {args.out}: --add needs a file of the same {', '.join(other)}", markup=False)
+            return 1
+        found = held["starts"]
+    for number, start in enumerate(args.starts, 1 + max((one["number"] for one in found), default=0)):
         began = time.monotonic()
         if deadline - began < longest:
             problems.append(f"{start}: not started, too little time is left")

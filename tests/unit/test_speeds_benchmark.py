@@ -99,6 +99,15 @@ def test_a_start_of_one_side_is_compared_with_nothing(run):
     assert run("off")[1]["cases"] == []
 
 
+def test_starts_are_added_to_those_of_a_run_like_it_and_of_no_other(run, capsys):
+    first = run("off")[1]["starts"]
+    status, found = run("on", "--add")
+    assert status == 0 and found["starts"][:2] == first
+    assert [(one["number"], one["start"]) for one in found["starts"]] == [(1, "off")] * 2 + [(2, "on")] * 2
+    assert run("off", "--add", "--draft-steps", "5") == (1, found)
+    assert "same draft_steps" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_served_before_is_served_first_and_not_recorded(run, monkeypatch):
     from benchmarks import speeds
 
