@@ -2,7 +2,8 @@
 on the GPU. Of each, and each case, the time of a step, and of a profile of the same process what the graphs take, the time
 between their kernels, and how the shared expert and the routed experts meet in the verify graph (docs/upstream/shared_expert.py).
 A server serves the cases of --before first. All steps are measured before the first profile: what CUPTI changes in a process
-stays. over_time has what sglang's log says of steps, before the profile and after it.
+stays. Then the GPU is made to switch contexts, and the cases of --switch are measured again: that changes the time between
+kernels of some servers. over_time has what sglang's log says of steps, before the profile and after it.
 
     python -m benchmarks.speeds off on off on+SGLANG_NSA_FUSED_KEEP_WIDE_TABLE=1 off+--random-seed=1 --model-path MODEL --out FILE
 
@@ -17,6 +18,7 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -81,14 +83,20 @@ def of_profile(trace: dict) -> dict[str, float]:
 
 
 def compared(starts: list[dict], draft_steps: int) -> list[dict]:
-    """Of starts to which nothing is added, those without the plugin and those with it."""
+    """Of starts to which nothing is added, those without the plugin and those with it, before the GPU was made to switch."""
     found = []
     for case, metric in itertools.product(dict.fromkeys(one["case"] for one in starts), METRICS):
-        of = [one for one in starts if one["case"] == case and one[metric] is not None]
+        of = [one for one in starts if one["case"] == case and one[metric] is not None and not one["switched"]]
         values = {side: [[one[metric]] for one in of if one["start"] == label] for side, label in measure.LABELS.items()}
         if all(values.values()):
             found.append(compare.result(f"n{draft_steps}-{case}", metric, values))
     return found
+
+
+def switch(env: dict[str, str]) -> None:
+    """Makes the GPU switch contexts: another process has one for a second."""
+    code = "import time, torch; torch.zeros(1, device='cuda'); time.sleep(1)"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def started(start: str, number: int, flags: list, args, loader: bool) -> Iterator[dict]:
@@ -105,10 +113,15 @@ def started(start: str, number: int, flags: list, args, loader: bool) -> Iterato
         server.check_plugin(plugin)
         for case in args.before + args.case:
             runs[case] = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
-        for case in args.case[::-1]:  # first the one that was just served
-            path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}")
+        measured = [(case, False) for case in args.case[::-1]]  # first the one that was just served
+        for case, switched in measured + [(case, True) for case in args.switch]:
+            if switched:
+                switch(env)
+                runs[case] = [measure.generate(server, case, plan) for _ in range(plan.repeats)]
+            path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}{'-switched' * switched}")
             steps = compare.decode_steps(server.samples(), runs[case], case.batch)
-            found = {"number": number, "start": start, "case": case.name, "seconds_to_ready": server.ready_seconds}
+            found = {"number": number, "start": start, "case": case.name, "switched": switched}
+            found["seconds_to_ready"] = server.ready_seconds
             step_ms = statistics.median(steps)
             found |= {"decode_step_ms": round(step_ms, 3), "spread": record.spread(steps)} | of_profile(graphs.read(path))
             yield found | {"over_time": over_time(server.log_from(0), case, step_ms)}
@@ -122,6 +135,7 @@ def parse(argv) -> argparse.Namespace:
     add("--draft-steps", type=int, default=3)
     add("--case", type=batch_and_length, nargs="+", default=[measure.Case(1, 32_768)], metavar="BATCHxLEN", help="in this order")
     add("--before", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="served before, and not recorded")
+    add("--switch", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="measured again, see above")
     add("--repeats", type=int, default=2)
     add("--context-length", type=int, default=163_840)
     add("--server-flags", default="", help="more flags for all servers, in one string")

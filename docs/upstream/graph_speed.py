@@ -1,0 +1,81 @@
+"""Why the same CUDA graph has two speeds: a node takes longer once its process has used more streams, until the GPU switches
+contexts; then it is short again, and stays so. Needs torch and a GPU; nothing of sglang.
+
+    python docs/upstream/graph_speed.py
+
+Each line is a process of its own. It replays a graph of 2,000 small kernels of one stream, uses more streams, and waits for what
+another process does. Printed is the time of a node in microseconds, the median of 30 replays, before and after.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+NODES, CYCLES, REPLAYS, STREAMS = 2000, 1000, 30, 32
+CONTEXT = "import torch, time; torch.zeros(1, device='cuda'); time.sleep({seconds})"
+
+
+def node_us(graph: torch.cuda.CUDAGraph) -> float:
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # so that the launch of the next one is hidden
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / NODES)
+    return statistics.median(times)
+
+
+def context(gpu: int, seconds: float) -> subprocess.Popen:
+    """Another process that has a context on the GPU for so long."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return subprocess.Popen([sys.executable, "-c", CONTEXT.format(seconds=seconds)], env=env)
+
+
+def measure(what: str, gpu: int, held: int) -> None:
+    """held: whether a context lies on that GPU before the graph is first replayed."""
+    holder = context(gpu, 60) if held else None
+    if holder:
+        time.sleep(8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(NODES):
+            torch.cuda._sleep(CYCLES)
+    found = [node_us(graph)]
+    for stream in [torch.cuda.Stream() for _ in range(STREAMS)]:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10)
+        torch.cuda.synchronize()
+    found.append(node_us(graph))
+    if gpu >= 0:
+        context(gpu, 0.5).wait()
+    found.append(node_us(graph))
+    time.sleep(2)
+    found.append(node_us(graph))
+    if holder:
+        holder.kill()
+        holder.wait()
+    print(f"| {what} | " + " | ".join(f"{one:.3f}" for one in found) + " |", flush=True)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        return measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    cases = [("nothing", -1, 0), ("a context of another process on this GPU", 0, 0)]
+    if torch.cuda.device_count() > 1:  # asks NVML, and makes no context
+        cases += [("one on another GPU that nobody used", 1, 0), ("one on another GPU that is in use", 1, 1)]
+    names = "import torch; print(torch.cuda.get_device_name(), 'torch', torch.__version__)"
+    subprocess.run([sys.executable, "-c", names], check=True)  # this process makes no context
+    print("| what happened | first | more streams used | after it | 2 s later |\n| --- | --- | --- | --- | --- |", flush=True)
+    for case in cases:
+        subprocess.run([sys.executable, __file__, *map(str, case)], check=True)
+
+
+if __name__ == "__main__":
+    main()
