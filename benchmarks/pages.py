@@ -61,6 +61,19 @@ POOLED = {
         "h200-0.5.23-rank8-n3-gpu1",
         "h200-0.5.23-rank8-n3-gpu2",
         "h200-0.5.23-rank8-n3-gpu3",
+        "h200-0.5.23-rank8-n3-together-gpu0",
+        "h200-0.5.23-rank8-n3-together-gpu1",
+        "h200-0.5.23-rank8-n3-together-later-gpu0",
+        "h200-0.5.23-rank8-n3-together-later-gpu1",
+        "h200-0.5.23-rank8-n3-switched-gpu0",
+        "h200-0.5.23-rank8-n3-switched-gpu1",
+        "h200-0.5.23-rank8-n3-switched-gpu3",
+    ),
+    "0.5.23-n5-speeds": (
+        "h200-0.5.23-rank8-n5-together-gpu2",
+        "h200-0.5.23-rank8-n5-together-gpu3",
+        "h200-0.5.23-rank8-n5-together-later-gpu2",
+        "h200-0.5.23-rank8-n5-together-later-gpu3",
     ),
     "0.5.23-n5-all": ("h200-0.5.23-rank8-n5-all-rows", "h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
     "0.5.23-n3-8long-h200": ("h200-0.5.23-rank8-n3-8long", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-8x131072"),
@@ -127,8 +140,10 @@ def least_to_most(values: Sequence[float], digits: int) -> str:
     return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
 
 
-def start_words(plugin: bool, changed: bool, *more: str) -> str:
-    return ", ".join(["with the plugin" if plugin else "sglang", *more, *["after it changed"] * changed])
+def start_words(plugin: bool, changed: bool, *more: str, switched: bool = False) -> str:
+    """changed: its graphs became faster while it ran. switched: another process had made a context on its GPU."""
+    after = ["after another's context"] if switched else ["after it changed"] * changed
+    return ", ".join(["with the plugin" if plugin else "sglang", *more, *after])
 
 
 def steps(results: dict) -> dict[str, dict]:
@@ -147,29 +162,47 @@ def pooled(of: str) -> dict:
             for side in SIDES:
                 starts[side] += case["processes"][side]
             held.setdefault(case["name"], []).append(tables[re.sub(r"-bs\d+-len\d+", "", case["name"])])
-    cases = []
-    for name in sorted(found, key=parse):
-        starts = found[name]
-        medians = [statistics.median(starts[side]) for side in SIDES]
-        spread = {side: [min(of), max(of)] for side, of in starts.items()}
-        fewest = min(map(len, starts.values()))
-        more = {"spread": spread, "processes": starts, "tables": held[name]}
-        cases.append(record.case(name, "decode_step_ms", *medians, fewest, **more))
+    cases = [of_starts(name, found[name], tables=held[name]) for name in sorted(found, key=parse)]
     return files[0] | {"cases": cases}
 
 
+def unchanged(of: str, gpu: str) -> dict:
+    """As pooled, of the starts of `speeds` on such a GPU that add nothing, had not changed and were not made to. of: one of
+    POOLED."""
+    files = [results for name in POOLED[of] if (results := load("speeds", name))["gpu"].split()[1] == gpu]
+    found: dict[str, dict[str, list[float]]] = {}
+    for results in files:
+        for one in results["starts"]:
+            added, fast = "+" in one["start"], one.get("between_kernels_us", math.inf) < FAST_US
+            if not (added or fast or one.get("switched")):
+                name = f"n{results['draft_steps']}-{one['case']}-width{results['context_length']}-bf16"
+                starts = found.setdefault(name, {side: [] for side in SIDES})
+                starts["ours" if one["start"] == "on" else "upstream"].append(one["decode_step_ms"])
+    return files[0] | {"cases": [of_starts(name, found[name]) for name in sorted(found, key=parse)]}
+
+
+def of_starts(name: str, starts: dict[str, list[float]], **more) -> dict:
+    medians = [statistics.median(starts[side]) for side in SIDES]
+    spread = {side: [min(of), max(of)] for side, of in starts.items()}
+    fewest = min(map(len, starts.values()))
+    return record.case(name, "decode_step_ms", *medians, fewest, spread=spread, processes=starts, **more)
+
+
 def full(of: str) -> str:
-    """Servers with a model of full depth. of: as in pooled, with commas between; of NAME:8x512+64x512 these cases alone."""
+    """Servers with a model of full depth. of: as in pooled, with commas between; of NAME:8x512+64x512 these cases alone; of
+    NAME@H200 the starts as in unchanged, whose files do not tell what the tables take."""
     rows = []
     for name, _, shown in (one.partition(":") for one in of.split(",")):
-        results = pooled(name)
+        pool, _, gpu = name.partition("@")
+        results = unchanged(pool, gpu) if gpu else pooled(pool)
         for case in results["cases"]:
             at = parse(case["name"])
             if shown and f"{at.batch}x{at.length}" not in shown.split("+"):
                 continue
             row = [MODELS_RUN[results["model"]] + ", fp8 cache" * (at.cache == "fp8"), f"{at.draft_steps}, {at.width:,}"]
             row.append(f"{at.batch} x {at.length:,}")
-            row.append(" → ".join(least_to_most([held[side] / 2**30 for held in case["tables"]], 2) for side in SIDES))
+            tables = case.get("tables", ())
+            row.append(" → ".join(least_to_most([held[side] / 2**30 for held in tables], 2) for side in SIDES if tables) or "–")
             times = [f"{case[side]:.1f} ({case['spread'][side][0]:.1f} to {case['spread'][side][1]:.1f})" for side in SIDES]
             starts = " and ".join(str(len(case["processes"][side])) for side in SIDES)
             release = f"{results['sglang']}, {results['gpu'].split()[1]}"  # NVIDIA H100 80GB HBM3
@@ -270,20 +303,22 @@ def graphs(of: str) -> str:
 
 
 def speeds(of: str) -> str:
-    """Starts with a profile each, those that differ in nothing in one row, and in another those that were profiled after they had
-    changed. of: one of POOLED, a colon, and the case."""
+    """Starts with a profile each, those that differ in nothing in one row, and in others those that were profiled after they had
+    changed, or after the GPU had been made to switch contexts. of: one of POOLED, a colon, and the case."""
     of, _, shown = of.partition(":")
-    starts: dict[tuple[str, str, bool], list[dict]] = {}
+    starts: dict[tuple[str, str, bool, bool], list[dict]] = {}
     for results in (load("speeds", name) for name in POOLED[of]):
         for one in results["starts"]:
             if one["case"] == shown:
                 fast = one.get("between_kernels_us", math.inf) < FAST_US
-                starts.setdefault((results["gpu"].split()[1], one["start"], fast), []).append(one)
+                at = (results["gpu"].split()[1], one["start"], one.get("switched", False), fast)
+                starts.setdefault(at, []).append(one)
     rows = []
-    for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), key[2])):
-        gpu, start, fast = key
+    for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), *key[1:])):
+        gpu, start, switched, fast = key
         side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
-        row = [gpu, start_words(side == "on", fast, *(f"`{one}`" for one in more)), len(starts[key])]
+        more = [f"`{one}`" for one in more]
+        row = [gpu, start_words(side == "on", fast, *more, switched=switched), len(starts[key])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
             ("between_kernels_us", 2, 1),

@@ -133,6 +133,60 @@ def test_starts_that_changed_stand_in_their_own_row(monkeypatch):
     ]
 
 
+def profiled(start: str, ms: float, gap: float | None, switched: bool | None = None) -> dict:
+    """Of a start. Without a gap: of a file from before it was measured; without switched: from before the GPU was made to."""
+    found = {"start": start, "case": "bs1-len512", "decode_step_ms": ms, "graph_verify_us": 900 * ms}
+    found |= {"experts_beside": 90, "experts_beside_us": 120.0, "experts_alone": 10, "experts_alone_us": 50.0}
+    found |= {} if gap is None else {"between_kernels_us": gap}
+    return found | ({} if switched is None else {"switched": switched})
+
+
+@pytest.fixture
+def of_speeds(monkeypatch):
+    """Two files of speeds, of an H200, and one of an H100."""
+    from benchmarks import pages
+
+    head = {"sglang": "0.5.23", "model": "model-v32-rank8", "draft_steps": 3, "context_length": 163_840}
+    files = {
+        "one": ("NVIDIA H200", [profiled("off", 20.0, 0.42), profiled("off", 18.6, 0.13), profiled("on", 19.8, None)]),
+        "two": (
+            "NVIDIA H200",
+            [
+                *(profiled("off", ms, gap, switched) for ms, gap, switched in ((19.7, 0.42, False), (19.3, 0.13, True))),
+                *(profiled("on", ms, 0.42, switched) for ms, switched in ((19.9, False), (20.1, True))),
+                profiled("on+SGLANG_NSA_FUSED_KEEP_CHUNKS=1", 20.5, 0.42, False),
+            ],
+        ),
+        "other": ("NVIDIA H100 80GB HBM3", [profiled("off", 21.0, 0.42), profiled("on", 20.0, 0.42)]),
+    }
+    monkeypatch.setattr(pages, "load", lambda what, of: head | dict(zip(("gpu", "starts"), files[of])))
+    monkeypatch.setattr(pages, "POOLED", {"all": tuple(files)})
+    return pages
+
+
+def test_starts_that_were_made_to_change_stand_in_their_own_row(of_speeds):
+    rows = [line.split(" | ") for line in of_speeds.speeds("all:bs1-len512").splitlines()[2:]]
+    assert [(row[0][2:], *row[1:4]) for row in rows] == [
+        ("H100", "sglang", "1", "21.00"),
+        ("H100", "with the plugin", "1", "20.00"),
+        ("H200", "sglang", "2", "19.70 to 20.00"),
+        ("H200", "sglang, after it changed", "1", "18.60"),
+        ("H200", "sglang, after another's context", "1", "19.30"),
+        ("H200", "with the plugin", "2", "19.80 to 19.90"),
+        ("H200", "with the plugin, after another's context", "1", "20.10"),
+        ("H200", "with the plugin, `KEEP_CHUNKS=1`", "1", "20.50"),
+    ]
+
+
+def test_a_row_of_starts_has_those_alone_that_nothing_changed(of_speeds):
+    shown = of_speeds.full("all@H200,all@H100").splitlines()[2:]
+    model = "DeepSeek-V3.2 | 3, 163,840 | 1 x 512 | –"
+    assert shown == [
+        f"| 0.5.23, H200 | {model} | 19.9 (19.7 to 20.0) | 19.9 (19.8 to 19.9) | 1.00 | 2 and 2 |",
+        f"| 0.5.23, H100 | {model} | 21.0 (21.0 to 21.0) | 20.0 (20.0 to 20.0) | 1.05 | 1 and 1 |",
+    ]
+
+
 def test_a_picture_follows_one_dimension():
     from benchmarks.plot import along, of_metric
 
