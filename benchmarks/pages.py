@@ -167,8 +167,8 @@ def pooled(of: str) -> dict:
 
 
 def unchanged(of: str, gpu: str) -> dict:
-    """As pooled, of the starts of `speeds` on such a GPU that add nothing, had not changed and were not made to. of: one of
-    POOLED."""
+    """As pooled, of the starts of `speeds` on such a GPU that add nothing, had not changed and were not made to. Those whose
+    profile is not kept count among them. of: one of POOLED."""
     files = [results for name in POOLED[of] if (results := load("speeds", name))["gpu"].split()[1] == gpu]
     found: dict[str, dict[str, list[float]]] = {}
     for results in files:

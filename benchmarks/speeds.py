@@ -94,9 +94,11 @@ def compared(starts: list[dict], draft_steps: int) -> list[dict]:
 
 
 def switch(env: dict[str, str]) -> None:
-    """Makes the GPU switch contexts: another process has one for a second."""
+    """Makes the GPU switch contexts: another process has one for a second. Raises Failed."""
     code = "import time, torch; torch.zeros(1, device='cuda'); time.sleep(1)"
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if ended.returncode:
+        raise Failed(f"no context of another process: {ended.stderr.strip()[-500:]}")
 
 
 def started(start: str, number: int, flags: list, args, loader: bool) -> Iterator[dict]:
@@ -135,7 +137,14 @@ def parse(argv) -> argparse.Namespace:
     add("--draft-steps", type=int, default=3)
     add("--case", type=batch_and_length, nargs="+", default=[measure.Case(1, 32_768)], metavar="BATCHxLEN", help="in this order")
     add("--before", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="served before, and not recorded")
-    add("--switch", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="measured again, see above")
+    add(
+        "--switch",
+        type=batch_and_length,
+        nargs="+",
+        default=[],
+        metavar="BATCHxLEN",
+        help="some of --case, measured again, see above",
+    )
     add("--repeats", type=int, default=2)
     add("--context-length", type=int, default=163_840)
     add("--server-flags", default="", help="more flags for all servers, in one string")
@@ -151,6 +160,8 @@ def parse(argv) -> argparse.Namespace:
         side, *more = start.split("+")
         if side not in ("off", "on") or not all("=" in one for one in more):
             parser.error(f"starts: expected off or on and what is added as NAME=VALUE or --flag=value, got {start}")
+    if other := [case.name for case in args.switch if case not in args.case]:
+        parser.error(f"--switch: expected cases of --case, got {', '.join(other)}")
     args.log_dir = (args.log_dir or Path(tempfile.mkdtemp(prefix="nsa-speeds-"))).resolve()
     return args
 

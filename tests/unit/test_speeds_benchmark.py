@@ -120,6 +120,12 @@ def test_after_the_gpu_switched_a_case_is_measured_again_and_not_compared(run, m
     assert {len(of) for case in found["cases"] for of in case["processes"].values()} == {1}
 
 
+def test_without_another_context_what_was_measured_before_stays(run, capsys):
+    status, found = run("off", "--switch", "1x64")
+    assert status == 1 and [one["switched"] for one in found["starts"]] == [False, False]
+    assert "off: no context of another process" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_served_before_is_served_first_and_not_recorded(run, monkeypatch):
     from benchmarks import speeds
 
@@ -163,3 +169,9 @@ def test_a_start_that_cannot_be_read_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         run("off", "of+A=1")
     assert "expected off or on" in capsys.readouterr().err
+
+
+def test_a_case_that_is_not_measured_is_not_measured_again(run, capsys):
+    with pytest.raises(SystemExit):
+        run("off", "--switch", "1x64", "4x64")
+    assert "--switch: expected cases of --case, got bs4-len64" in capsys.readouterr().err
