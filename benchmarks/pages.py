@@ -61,20 +61,10 @@ POOLED = {
         "h200-0.5.23-rank8-n3-gpu1",
         "h200-0.5.23-rank8-n3-gpu2",
         "h200-0.5.23-rank8-n3-gpu3",
-        "h200-0.5.23-rank8-n3-together-gpu0",
-        "h200-0.5.23-rank8-n3-together-gpu1",
-        "h200-0.5.23-rank8-n3-together-later-gpu0",
-        "h200-0.5.23-rank8-n3-together-later-gpu1",
-        "h200-0.5.23-rank8-n3-switched-gpu0",
-        "h200-0.5.23-rank8-n3-switched-gpu1",
-        "h200-0.5.23-rank8-n3-switched-gpu3",
+        "h200-0.5.23-rank8-n3-together",
+        "h200-0.5.23-rank8-n3-together-later",
     ),
-    "0.5.23-n5-speeds": (
-        "h200-0.5.23-rank8-n5-together-gpu2",
-        "h200-0.5.23-rank8-n5-together-gpu3",
-        "h200-0.5.23-rank8-n5-together-later-gpu2",
-        "h200-0.5.23-rank8-n5-together-later-gpu3",
-    ),
+    "0.5.23-n5-speeds": ("h200-0.5.23-rank8-n5-together", "h200-0.5.23-rank8-n5-together-later"),
     "0.5.23-n5-all": ("h200-0.5.23-rank8-n5-all-rows", "h200-0.5.23-rank8-n5-gpu2", "h200-0.5.23-rank8-n5-gpu3"),
     "0.5.23-n3-8long-h200": ("h200-0.5.23-rank8-n3-8long", "h200-0.5.23-rank8-n3-128", "h200-0.5.23-rank8-n3-8x131072"),
     "0.5.23-n5-8long-h200": ("h200-0.5.23-rank8-n5-8long", "h200-0.5.23-rank8-n5-8x32768", "h200-0.5.23-rank8-n5-128"),
@@ -146,6 +136,11 @@ def start_words(plugin: bool, changed: bool, *more: str, switched: bool = False)
     return ", ".join(["with the plugin" if plugin else "sglang", *more, *after])
 
 
+def has_changed(start: dict) -> bool:
+    """Whether a start of `speeds` had become faster when it was profiled."""
+    return start.get("between_kernels_us", math.inf) < FAST_US
+
+
 def steps(results: dict) -> dict[str, dict]:
     """decode_step_ms, or step_ms in a file from before there was that."""
     return by_name(results, "decode_step_ms") or by_name(results, "step_ms")
@@ -173,8 +168,7 @@ def unchanged(of: str, gpu: str) -> dict:
     found: dict[str, dict[str, list[float]]] = {}
     for results in files:
         for one in results["starts"]:
-            added, fast = "+" in one["start"], one.get("between_kernels_us", math.inf) < FAST_US
-            if not (added or fast or one.get("switched")):
+            if not ("+" in one["start"] or has_changed(one) or one.get("switched")):
                 name = f"n{results['draft_steps']}-{one['case']}-width{results['context_length']}-bf16"
                 starts = found.setdefault(name, {side: [] for side in SIDES})
                 starts["ours" if one["start"] == "on" else "upstream"].append(one["decode_step_ms"])
@@ -310,15 +304,13 @@ def speeds(of: str) -> str:
     for results in (load("speeds", name) for name in POOLED[of]):
         for one in results["starts"]:
             if one["case"] == shown:
-                fast = one.get("between_kernels_us", math.inf) < FAST_US
-                at = (results["gpu"].split()[1], one["start"], one.get("switched", False), fast)
+                at = (results["gpu"].split()[1], one["start"], one.get("switched", False), has_changed(one))
                 starts.setdefault(at, []).append(one)
     rows = []
     for key in sorted(starts, key=lambda key: (key[0], key[1].count("+"), key[1].startswith("on"), *key[1:])):
         gpu, start, switched, fast = key
         side, *more = start.replace("SGLANG_NSA_FUSED_", "").split("+")
-        more = [f"`{one}`" for one in more]
-        row = [gpu, start_words(side == "on", fast, *more, switched=switched), len(starts[key])]
+        row = [gpu, start_words(side == "on", fast, *(f"`{one}`" for one in more), switched=switched), len(starts[key])]
         for metric, digits, unit in (
             ("decode_step_ms", 2, 1),
             ("between_kernels_us", 2, 1),
