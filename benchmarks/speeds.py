@@ -115,18 +115,18 @@ def started(start: str, number: int, flags: list, args, loader: bool) -> Iterato
         server.check_plugin(plugin)
         for case in args.before + args.case:
             runs[case] = [measure.generate(server, case, plan) for _ in range(plan.warmup + plan.repeats)][plan.warmup :]
-        measured = [(case, False) for case in args.case[::-1]]  # first the one that was just served
-        for case, switched in measured + [(case, True) for case in args.switch]:
-            if switched:
+        for switched, cases in ((False, args.case[::-1]), (True, args.switch)):  # first the one that was just served
+            if switched and cases:
                 switch(env)
-                runs[case] = [measure.generate(server, case, plan) for _ in range(plan.repeats)]
-            path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}{'-switched' * switched}")
-            steps = compare.decode_steps(server.samples(), runs[case], case.batch)
-            found = {"number": number, "start": start, "case": case.name, "switched": switched}
-            found["seconds_to_ready"] = server.ready_seconds
-            step_ms = statistics.median(steps)
-            found |= {"decode_step_ms": round(step_ms, 3), "spread": record.spread(steps)} | of_profile(graphs.read(path))
-            yield found | {"over_time": over_time(server.log_from(0), case, step_ms)}
+                runs |= {case: [measure.generate(server, case, plan) for _ in range(plan.repeats)] for case in cases}
+            for case in cases:
+                path = graphs.profile(server, case, plan, args.log_dir / f"{server.name}-{case.name}{'-switched' * switched}")
+                steps = compare.decode_steps(server.samples(), runs[case], case.batch)
+                step_ms = statistics.median(steps)
+                found = {"number": number, "start": start, "case": case.name, "switched": switched}
+                found |= {"seconds_to_ready": server.ready_seconds, "decode_step_ms": round(step_ms, 3)}
+                found |= {"spread": record.spread(steps)} | of_profile(graphs.read(path))
+                yield found | {"over_time": over_time(server.log_from(0), case, step_ms)}
 
 
 def parse(argv) -> argparse.Namespace:
@@ -137,14 +137,7 @@ def parse(argv) -> argparse.Namespace:
     add("--draft-steps", type=int, default=3)
     add("--case", type=batch_and_length, nargs="+", default=[measure.Case(1, 32_768)], metavar="BATCHxLEN", help="in this order")
     add("--before", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="served before, and not recorded")
-    add(
-        "--switch",
-        type=batch_and_length,
-        nargs="+",
-        default=[],
-        metavar="BATCHxLEN",
-        help="some of --case, measured again, see above",
-    )
+    add("--switch", type=batch_and_length, nargs="+", default=[], metavar="BATCHxLEN", help="some of --case, measured again")
     add("--repeats", type=int, default=2)
     add("--context-length", type=int, default=163_840)
     add("--server-flags", default="", help="more flags for all servers, in one string")

@@ -108,14 +108,14 @@ def test_starts_are_added_to_those_of_a_run_like_it_and_of_no_other(run, capsys)
     assert "same draft_steps" in " ".join(capsys.readouterr().err.split())
 
 
-def test_after_the_gpu_switched_a_case_is_measured_again_and_not_compared(run, monkeypatch):
+def test_after_the_gpu_switched_once_cases_are_measured_again_and_not_compared(run, monkeypatch):
     from benchmarks import speeds
 
     switched = []
     monkeypatch.setattr(speeds, "switch", lambda env: switched.append(env["CUDA_VISIBLE_DEVICES"]))
-    status, found = run("off", "on", "--switch", "1x64")
+    status, found = run("off", "on", "--switch", "1x64", "2x64")
     assert status == 0 and switched == [NO_GPU] * 2
-    both = [("bs1-len64", False), ("bs2-len64", False), ("bs1-len64", True)]
+    both = [("bs1-len64", False), ("bs2-len64", False), ("bs1-len64", True), ("bs2-len64", True)]
     assert [(one["case"], one["switched"]) for one in found["starts"]] == both * 2
     assert {len(of) for case in found["cases"] for of in case["processes"].values()} == {1}
 
